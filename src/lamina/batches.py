@@ -1,0 +1,68 @@
+"""What a batch is, and the one rule by which any model is called with one.
+
+A batch is a mapping of names to tensors, in the names Hugging Face uses: `input_ids`, `attention_mask`,
+`token_type_ids`, `pixel_values`; `inputs` for anything else a model takes; `labels` for the target.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+"""Names to tensors (or other values); `labels` is the target and never handed to the model."""
+
+TARGETS = frozenset({"labels", "label", "targets", "weights"})
+"""Batch entries that belong to the objective, not to the model."""
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the module behind wrappers (torch.compile, DistributedDataParallel)."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def call(model: nn.Module, batch: Batch, **options: Any) -> Any:
+    """Call `model` with the entries of `batch` that its forward names; return its raw output.
+
+    A forward that names none of them gets the first tensor that is not a target, positionally, so a
+    home-made `forward(self, x)` works with any batch. `options` are passed if forward takes them.
+    """
+    parameters = inspect.signature(bare(model).forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    inputs = {k: v for k, v in batch.items() if k not in TARGETS}
+    named = {k: v for k, v in inputs.items() if k in parameters}
+    extra = {k: v for k, v in options.items() if k in parameters or open_ended}
+    if named:
+        return model(**named, **extra)
+    for value in inputs.values():
+        if isinstance(value, Tensor):
+            return model(value, **extra)
+    raise ValueError(f"the batch has no tensor to call {type(bare(model)).__name__} with: {sorted(batch)}")
+
+
+def logits(outputs: Any) -> Tensor:
+    """Take the prediction out of a model's output: a tensor, `.logits`, `.last_hidden_state`, or the first element."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    for name in ("logits", "last_hidden_state"):
+        value = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], Tensor):
+        return outputs[0]
+    raise TypeError(f"cannot find the prediction in a {type(outputs).__name__}: expected a tensor, .logits or a tuple")
+
+
+def to_device(batch: Batch, device: torch.device | str) -> dict[str, Any]:
+    """Move every tensor of a batch; other values stay as they are."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

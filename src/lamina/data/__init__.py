@@ -1,0 +1,1 @@
+"""Data sets and the loader whose position is part of a checkpoint."""

@@ -1,0 +1,6 @@
+"""Optimizers, learning-rate schedules, and how optimizer state follows a rewrite.
+
+lamb, lars  layer-wise adaptive rates for large batches
+schedule    multipliers as functions of the fraction of training
+carry       the optimizer follows a rewritten model
+"""

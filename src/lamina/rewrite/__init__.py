@@ -1,0 +1,13 @@
+"""Passes that rewrite a model before, during or after training, and the verb that runs them.
+
+rewriting   the Pass protocol, rewrite(), history, replay
+replace     one kind of layer for another, weights carried where a map exists
+drop        remove attention, feed-forward or whole blocks by similarity
+"""
+
+from lamina.rewrite.rewriting import Pass as Pass
+from lamina.rewrite.rewriting import Record as Record
+from lamina.rewrite.rewriting import check_order as check_order
+from lamina.rewrite.rewriting import history as history
+from lamina.rewrite.rewriting import replay as replay
+from lamina.rewrite.rewriting import rewrite as rewrite
