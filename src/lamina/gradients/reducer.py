@@ -1,12 +1,20 @@
-"""What a reducer is: how the gradients of data-parallel workers become one."""
+"""What a reducer is: how the gradients of data-parallel workers become one; averaging, and how to attach one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lamina.errors import PlanError, ShapeError
+from lamina.registry import register
+
+Group = dist.ProcessGroup | None
 
 
 @runtime_checkable
@@ -20,12 +28,12 @@ class Reducer(Protocol):
         """Name the data shards this rank computes in this step (gradient coding); by default its own."""
         ...
 
-    def reduce(self, gradients: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    def reduce(self, gradients: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
         """Combine the named gradients over the group; the arguments are not changed."""
         ...
 
     def bytes_sent(self) -> int:
-        """Return the bytes this rank handed to the network so far (measured, not estimated)."""
+        """Return the bytes this rank handed to collectives so far (counted at the calls, not estimated)."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -35,3 +43,169 @@ class Reducer(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state back."""
         ...
+
+
+class Stateless:
+    """The half of a reducer that one without state shares: its own shard, a byte counter, nothing to save."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def tasks(self, step: int, rank: int, world: int) -> Sequence[int]:
+        """Return this rank's own shard."""
+        return (rank,)
+
+    def bytes_sent(self) -> int:
+        """Return the bytes this rank handed to collectives so far."""
+        return self.sent
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the byte counter, the only thing that lasts."""
+        return {"sent": self.sent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the byte counter back."""
+        self.sent = int(state["sent"])
+
+
+@register("reducer")
+class Mean(Stateless):
+    """The mean of the workers' gradients by all-reduce: what DistributedDataParallel does by itself."""
+
+    granularity: ClassVar[Literal["bucket", "model"]] = "bucket"
+
+    def reduce(self, gradients: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
+        """Return the mean of every gradient over the group."""
+        world = size(group)
+        result = {}
+        for name, flat in flatten(gradients).items():
+            if world > 1:
+                flat = flat / world  # before the sum, so that fp16 does not overflow
+                dist.all_reduce(flat, group=group)
+                self.sent += flat.nbytes
+            result[name] = flat
+        return unflatten(result, gradients)
+
+
+class Handle:
+    """A reducer attached to a model: call `reduce()` after backward, `remove()` to detach.
+
+    Under DistributedDataParallel a `bucket` reducer works inside backward, and `reduce()` does nothing.
+    """
+
+    def __init__(self, model: nn.Module, reducer: Reducer, group: Group, in_backward: bool) -> None:
+        self.reducer = reducer
+        self.model: nn.Module | None = model
+        self.group = group
+        self.in_backward = in_backward
+
+    def reduce(self) -> None:
+        """Replace every `.grad` by the workers' combined one; a parameter without one counts as zero."""
+        if self.model is None or self.in_backward:
+            return
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
+        reduced = self.reducer.reduce(gradients, self.group)
+        for name, parameter in trained.items():
+            if parameter.grad is None:
+                parameter.grad = reduced[name]
+            else:
+                parameter.grad.copy_(reduced[name])
+
+    def remove(self) -> None:
+        """Detach from a plain model.
+
+        Raises:
+            PlanError: a DDP model keeps its communication hook for life (torch has no way to take it off).
+        """
+        if isinstance(self.model, DistributedDataParallel):
+            raise PlanError("a reducer cannot be taken off a DistributedDataParallel model: wrap the bare model again")
+        self.model = None
+
+
+def attach(model: nn.Module, reducer: Reducer, group: Group = None) -> Handle:
+    """Let a reducer combine the gradients of `model`, in any training loop.
+
+        handle = attach(model, Median())
+        loss.backward()
+        handle.reduce()          # before clipping and optimizer.step()
+
+    Args:
+        model: plain, or wrapped in DistributedDataParallel (a `bucket` reducer then works in its hook).
+        group: the data-parallel process group; None = the default one, or a single process.
+    Raises:
+        PlanError: the parameters are sharded (FSDP2, tensor parallel): a reducer needs whole gradients.
+    """
+    sharded = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise PlanError(
+            f"{type(reducer).__name__} needs replicated parameters, but {sharded!r} is sharded: use DDP, not FSDP2"
+        )
+    if not isinstance(model, DistributedDataParallel):
+        return Handle(model, reducer, group, in_backward=False)
+    in_backward = reducer.granularity == "bucket"
+    group = group or model.process_group
+    # For a model-level reducer the hook sends nothing: the gradients stay local until Handle.reduce().
+    model.register_comm_hook(_Hook(model, reducer if in_backward else None, group), _reduce_bucket)
+    return Handle(model, reducer, group, in_backward)
+
+
+class _Hook:
+    def __init__(self, model: DistributedDataParallel, reducer: Reducer | None, group: Group) -> None:
+        self.names = {id(p): n for n, p in model.module.named_parameters()}
+        self.reducer = reducer
+        self.group = group
+
+
+# DDP compares the annotations of a hook with its own classes, which postponed annotations (strings) fail.
+def _reduce_bucket(hook, bucket):  # type: ignore[no-untyped-def]
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    if hook.reducer is not None:
+        views = {hook.names[id(p)]: g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
+        for name, reduced in hook.reducer.reduce(views, hook.group).items():
+            views[name].copy_(reduced)
+    future.set_result(bucket.buffer())
+    return future
+
+
+def size(group: Group) -> int:
+    """Return how many workers the group has; 1 where torch.distributed is not running."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def flatten(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Concatenate gradients into one vector a dtype, in the mapping's order: one collective instead of many."""
+    dtypes = dict.fromkeys(g.dtype for g in gradients.values())
+    return {
+        str(dtype): torch.cat([g.detach().reshape(-1) for g in gradients.values() if g.dtype == dtype])
+        for dtype in dtypes
+    }
+
+
+def unflatten(flat: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `flatten`: views into the vectors, shaped like the gradients they came from."""
+    at = dict.fromkeys(flat, 0)
+    result = {}
+    for name, gradient in like.items():
+        key, count = str(gradient.dtype), gradient.numel()
+        result[name] = flat[key][at[key] : at[key] + count].view(gradient.shape)
+        at[key] += count
+    return result
+
+
+def gather(flat: Tensor, group: Group) -> Tensor:
+    """Return every worker's vector: (n,) -> (world, n).
+
+    Raises:
+        ShapeError: the workers' vectors differ in length.
+    """
+    world = size(group)
+    if world == 1:
+        return flat[None]
+    counts = torch.empty(world, dtype=torch.long, device=flat.device)
+    dist.all_gather_into_tensor(counts, torch.tensor([flat.numel()], device=flat.device), group=group)
+    if len(set(counts.tolist())) > 1:
+        raise ShapeError(f"the workers' gradients differ in length: {counts.tolist()}")
+    everyone = flat.new_empty((world, flat.numel()))
+    dist.all_gather_into_tensor(everyone, flat.contiguous(), group=group)
+    return everyone

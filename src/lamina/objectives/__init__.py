@@ -4,3 +4,12 @@ objective     the protocol; weighted sums
 supervised    next token, masked token, classification, regression
 distillation  follow a teacher's logits and hidden states
 """
+
+from lamina.objectives.distillation import Distillation as Distillation
+from lamina.objectives.objective import Losses as Losses
+from lamina.objectives.objective import Objective as Objective
+from lamina.objectives.objective import WeightedSum as WeightedSum
+from lamina.objectives.supervised import Classification as Classification
+from lamina.objectives.supervised import MaskedToken as MaskedToken
+from lamina.objectives.supervised import NextToken as NextToken
+from lamina.objectives.supervised import Regression as Regression

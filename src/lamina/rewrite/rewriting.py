@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_type_hints, runtime_checkable
 
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
@@ -137,11 +137,15 @@ def check_order(passes: Sequence[Pass[Any]]) -> None:
     """
     for later in range(len(passes)):
         conflicts = getattr(passes[later], "conflicts", None)
-        for earlier in range(later if conflicts else 0):
+        if conflicts is None:
+            continue
+        for earlier in range(later):
             reason = conflicts(passes[earlier])
             if reason:
-                names = f"rewrite[{earlier}] ({pass_name(passes[earlier])}) and rewrite[{later}] ({pass_name(passes[later])})"
-                raise RecipeError(f"{names} exclude each other: {reason}")
+                first, second = pass_name(passes[earlier]), pass_name(passes[later])
+                raise RecipeError(
+                    f"rewrite[{earlier}] ({first}) and rewrite[{later}] ({second}) exclude each other: {reason}"
+                )
 
 
 def pass_name(one: Pass[Any]) -> str:
@@ -158,14 +162,14 @@ def pass_class(name: str) -> type[Pass[Any]]:
     target = registry.find("pass", name)
     if not inspect.isclass(target):
         raise LaminaError(f"the pass {name!r} is not a class: {target!r}")
-    return target
+    return cast(type[Pass[Any]], target)
 
 
 def to_json(decision: Any) -> dict[str, Any]:
     """Turn a decision (a dataclass) into plain JSON values."""
     if not dataclasses.is_dataclass(decision):
         raise TypeError(f"a decision must be a dataclass, got {type(decision).__name__}")
-    plain: dict[str, Any] = TypeAdapter(type(decision)).dump_python(decision, mode="json")  # type: ignore[arg-type]
+    plain: dict[str, Any] = TypeAdapter(type(decision)).dump_python(decision, mode="json")
     return plain
 
 

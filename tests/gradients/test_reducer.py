@@ -1,0 +1,110 @@
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.contract.example import Example
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lamina.gradients import Mean, Median, attach
+from lamina.gradients.reducer import flatten, unflatten
+from lamina.gradients.robust import median
+
+EXAMPLES = [Example("reducer", "mean"), Example("reducer", "median")]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(0, 10**6))
+def test_median_equals_numpy_s(workers, n, seed):
+    rows = torch.randn(workers, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    torch.testing.assert_close(median(rows), torch.from_numpy(__import__("numpy").median(rows.numpy(), axis=0)))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_median_withstands_a_faulty_minority(poison):
+    honest = torch.tensor([[1.0, -1.0], [1.1, -1.1], [0.9, -0.9]])
+    rows = torch.cat([honest, torch.full((2, 2), poison)])
+    result = median(rows)
+    assert torch.isfinite(result).all()
+    assert (result[0] >= 0.9) & (result[0] <= 1.1)
+    assert (result[1] >= -1.1) & (result[1] <= -0.9)
+
+
+def test_flatten_and_unflatten_are_inverse_with_mixed_dtypes_and_shapes():
+    g = torch.Generator().manual_seed(0)
+    gradients = {
+        "a": torch.randn(3, 5, generator=g),
+        "b": torch.randn((), generator=g),
+        "c": torch.randn(4, generator=g).bfloat16(),
+        "d": torch.randn(2, 0),
+    }
+    flat = flatten(gradients)
+    assert {k: v.numel() for k, v in flat.items()} == {"torch.float32": 16, "torch.bfloat16": 4}
+    for name, value in unflatten(flat, gradients).items():
+        assert torch.equal(value, gradients[name])
+        assert value.dtype == gradients[name].dtype
+
+
+def test_alone_both_reducers_return_the_gradient_and_send_nothing():
+    gradients = {"w": torch.randn(3, 2, generator=torch.Generator().manual_seed(0))}
+    for reducer in (Mean(), Median()):
+        assert torch.equal(reducer.reduce(gradients, None)["w"], gradients["w"])
+        assert reducer.bytes_sent() == 0
+        assert list(reducer.tasks(3, 1, 4)) == [1]
+
+
+def test_the_byte_counter_is_saved():
+    reducer = Mean()
+    reducer.sent = 12
+    other = Mean()
+    other.load_state_dict(reducer.state_dict())
+    assert other.bytes_sent() == 12
+
+
+def _work(rank, world, file, queue):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    inputs = torch.randn(world, 6, 4)
+    local = []
+    for r in range(world):
+        model = copy.deepcopy(base)
+        model(inputs[r]).square().sum().backward()
+        local.append([p.grad for p in model.parameters()])
+    stacked = [torch.stack(g) for g in zip(*local, strict=True)]
+    wrong = []
+    for name, reducer, expected in (
+        ("mean", Mean(), [g.mean(0) for g in stacked]),
+        ("median", Median(), [g.median(0).values for g in stacked]),
+    ):
+        for wrap in (True, False):
+            model = copy.deepcopy(base)
+            wrapped = DistributedDataParallel(model) if wrap else model
+            handle = attach(wrapped, reducer)
+            wrapped(inputs[rank]).square().sum().backward()
+            handle.reduce()
+            for p, e in zip(model.parameters(), expected, strict=True):
+                if not torch.allclose(p.grad, e, atol=1e-5):
+                    wrong.append((name, wrap))
+        if reducer.bytes_sent() != 2 * 4 * sum(p.numel() for p in base.parameters()):
+            wrong.append((name, "bytes", reducer.bytes_sent()))
+    queue.put(wrong)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_three_workers_get_the_mean_and_the_median_under_ddp_and_in_a_plain_loop(tmp_path):
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_work, args=(r, 3, tmp_path / "store", queue)) for r in range(3)]
+    for worker in workers:
+        worker.start()
+    results = [queue.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join(30)
+    assert results == [[], [], []]
