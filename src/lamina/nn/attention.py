@@ -1,0 +1,239 @@
+"""Multi-head attention: grouped heads, rotary positions, padding, a key-value cache and a swappable kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamina.errors import ShapeError
+from lamina.registry import register
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(q, k, v, mask) -> out: queries (B, H, T, D), keys (B, H, S, D), mask (B or 1, 1, T or 1, S) bool, True = seen."""
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the tokens a decoder has seen, for one batch of sequences being generated.
+
+    Every attention layer keeps its tensors under itself, so a layer that was dropped simply has none. `length`
+    counts the tokens seen; the model that runs the layers moves it on, once a pass (`advance`).
+    """
+
+    length: int = 0
+    """Tokens of the earlier passes."""
+    slots: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Layer -> keys and values, each (B, kv_heads, tokens, head_width)."""
+
+    def extend(self, layer: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new tokens' keys and values to the layer's slot; return the whole slot.
+
+        Raises:
+            ShapeError: the slot does not hold `length` tokens (a layer run twice in a pass, or a missing `advance`).
+        """
+        if layer in self.slots:
+            keys = torch.cat((self.slots[layer][0], keys), dim=2)
+            values = torch.cat((self.slots[layer][1], values), dim=2)
+        fresh = keys.shape[2] - self.length
+        if fresh < 1:
+            raise ShapeError(f"the cache counts {self.length} tokens, but a layer holds only {keys.shape[2]}")
+        self.slots[layer] = keys, values
+        return keys, values
+
+    def advance(self, count: int) -> None:
+        """Count the tokens of a pass that is over.
+
+        Raises:
+            ShapeError: a layer was given more or fewer tokens than that.
+        """
+        self.length += count
+        for layer, (keys, _) in self.slots.items():
+            if keys.shape[2] != self.length:
+                name = type(layer).__name__
+                raise ShapeError(f"the cache counts {self.length} tokens, but a {name} layer holds {keys.shape[2]}")
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(t.numel() * t.element_size() for slot in self.slots.values() for t in slot)
+
+
+@register("mixer", source="Vaswani et al. 2017; grouped heads: Ainslie et al. 2023; rotary: Su et al. 2021")
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention over a sequence.
+
+    x (B, T, width) -> (B, T, width), with separate query, key, value and output projections. Runs on torch's fused
+    `scaled_dot_product_attention` unless another kernel is given.
+
+    Args:
+        heads: query heads; None = one per 64 channels, at least one.
+        kv_heads: heads of keys and values, shared by groups of query heads; None = heads.
+        head_width: channels of one head; None = width // heads. heads * head_width need not be width.
+        bias: give the four projections a bias.
+        causal: a token sees itself and earlier tokens only.
+        rotary: turn queries and keys by their position (halves paired, as in Llama).
+        rotary_base: the slowest wave length is 2 pi times this, in tokens.
+        context: the longest sequence allowed (with the cache's tokens); None = any.
+        dropout: of attention weights, in training; 0..1. Not with a kernel of your own.
+        kernel: maps (q, k, v, mask) to the heads' outputs, see `Kernel`; None = softmax attention, fused.
+    Raises:
+        ShapeError: sizes do not divide, x or the mask does not fit, the sequence is longer than context.
+    Source: Vaswani et al., Attention Is All You Need (2017), arXiv 1706.03762, section 3.2; Ainslie et al. (2023),
+        arXiv 2305.13245, section 2.2; Su et al. (2021), arXiv 2104.09864, equation 34.
+    Example:
+        >>> Attention(32, heads=4, causal=True)(torch.randn(2, 5, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int | None = None,
+        *,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        bias: bool = False,
+        causal: bool = False,
+        rotary: bool = False,
+        rotary_base: float = 10000.0,
+        context: int | None = None,
+        dropout: float = 0.0,
+        kernel: Kernel | None = None,
+    ) -> None:
+        super().__init__()
+        self.width, self.causal, self.rotary, self.rotary_base = width, causal, rotary, rotary_base
+        self.heads, self.kv_heads, self.head_width = _head_sizes(width, heads, kv_heads, head_width)
+        self.context, self.dropout, self.kernel = context, dropout, kernel
+        if rotary and self.head_width % 2:
+            raise ShapeError(f"rotary positions pair up channels: head_width must be even, got {self.head_width}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if dropout and kernel is not None:
+            raise ValueError(
+                "dropout of attention weights is the fused kernel's: with a kernel of your own set it to 0"
+            )
+        self.query = nn.Linear(width, self.heads * self.head_width, bias=bias)
+        self.key = nn.Linear(width, self.kv_heads * self.head_width, bias=bias)
+        self.value = nn.Linear(width, self.kv_heads * self.head_width, bias=bias)
+        self.out = nn.Linear(self.heads * self.head_width, width, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Attend; x (B, T, width) -> (B, T, width).
+
+        Args:
+            attention_mask: (B, S) bool or 0/1 over all keys (the cache's first); True = a real token.
+            positions: (T,) or (B, T) whole numbers for rotary; None = counted on from the cache's length.
+            cache: keys and values of earlier tokens; this call appends to it. Causal attention only.
+        """
+        past = self._check(x, attention_mask, cache)
+        q = self._split(self.query(x), self.heads)
+        k = self._split(self.key(x), self.kv_heads)
+        v = self._split(self.value(x), self.kv_heads)  # (B, H, T, D)
+        if self.rotary:
+            if positions is None:
+                positions = torch.arange(past, past + x.shape[1], device=x.device)
+            q, k = (rotate(t, positions, base=self.rotary_base) for t in (q, k))
+        if cache is not None:
+            k, v = cache.extend(self, k, v)
+        return self.out(self._attend(q, k, v, attention_mask, past).transpose(1, 2).flatten(2))
+
+    def initialise(self, std: float, out_std: float) -> None:
+        """Draw the weights anew: normal with `std`, the output projection with `out_std`; biases zero."""
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.normal_(layer.weight, std=out_std if layer is self.out else std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def extra_repr(self) -> str:
+        """Show what the projections do not."""
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, rotary={self.rotary}"
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, self.head_width)).transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, keys_seen: Tensor | None, past: int) -> Tensor:
+        plain_causal = self.causal and keys_seen is None and past == 0 and self.kernel is None
+        mask = None if plain_causal else visible(q.shape[2], k.shape[2], self.causal, keys_seen, device=q.device)
+        grouped = self.kv_heads != self.heads
+        if self.kernel is not None:
+            if grouped:
+                k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+            return self.kernel(q, k, v, mask)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, enable_gqa=grouped
+        )
+
+    def _check(self, x: Tensor, attention_mask: Tensor | None, cache: KeyValueCache | None) -> int:
+        if x.dim() != 3 or x.shape[-1] != self.width:
+            raise ShapeError(f"Attention takes (batch, tokens, {self.width}), got {tuple(x.shape)}")
+        if cache is not None and not self.causal:
+            raise ValueError("a key-value cache needs causal attention: earlier tokens would have to see the new ones")
+        past = 0 if cache is None else cache.length
+        length = past + x.shape[1]
+        if self.context is not None and length > self.context:
+            raise ShapeError(f"the sequence has {length} tokens, the context is {self.context}")
+        if attention_mask is not None and attention_mask.shape != (x.shape[0], length):
+            raise ShapeError(f"attention_mask must be {(x.shape[0], length)}, got {tuple(attention_mask.shape)}")
+        return past
+
+
+def visible(
+    queries: int,
+    keys: int,
+    causal: bool,
+    keys_seen: Tensor | None = None,
+    *,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Make the boolean mask (B or 1, 1, queries or 1, keys), True = may look; None = everything is seen.
+
+    The queries are the last of the keys' tokens. In a causal mask a token always sees itself, so that a row of a
+    sequence padded on the left is never empty (an empty row has no softmax).
+    """
+    mask = None if keys_seen is None else keys_seen.to(torch.bool)[:, None, None, :]
+    if not causal or (mask is None and queries == 1):
+        return mask
+    offset = keys - queries
+    row = torch.arange(offset, keys, device=device)[:, None]
+    column = torch.arange(keys, device=device)
+    earlier = (column <= row)[None, None]
+    return earlier if mask is None else (earlier & mask) | (column == row)
+
+
+def rotate(x: Tensor, positions: Tensor, *, base: float = 10000.0) -> Tensor:
+    """Turn each pair (i, i + D/2) of channels by position * base^(-2i/D); x (B, H, T, D), positions (T,) or (B, T).
+
+    The angles are float32 whatever x is: at position 1000 bfloat16 would be off by whole turns.
+    Source: Su et al. (2021), arXiv 2104.09864, equation 34; pairs of halves instead of neighbours, as in Llama.
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions.to(torch.float32)[..., None] * frequencies  # (T, D/2) or (B, T, D/2)
+    if angle.dim() == 3:
+        angle = angle[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _head_sizes(width: int, heads: int | None, kv_heads: int | None, head_width: int | None) -> tuple[int, int, int]:
+    heads = max(width // 64, 1) if heads is None else heads
+    kv_heads = heads if kv_heads is None else kv_heads
+    if min(width, heads, kv_heads) < 1 or (head_width is not None and head_width < 1):
+        raise ShapeError(f"sizes must be positive: {width=}, {heads=}, {kv_heads=}, {head_width=}")
+    if head_width is None and width % heads:
+        raise ShapeError(f"width {width} does not divide by {heads} heads; change one, or give head_width")
+    if heads % kv_heads:
+        raise ShapeError(f"{heads} heads do not divide by {kv_heads} kv_heads")
+    return heads, kv_heads, head_width or width // heads

@@ -1,0 +1,101 @@
+"""The position-wise part of a transformer block: the plain two-layer network and the gated one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamina.errors import ShapeError
+from lamina.recipe import Node, factory
+from lamina.registry import Slot, register
+
+
+@register("layer", source="Vaswani et al. 2017, section 3.3")
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them, applied to every position alike.
+
+    x (..., width) -> (..., width).
+
+    Args:
+        hidden: channels between the layers; None = 4 * width.
+        activation: layer between them; called without arguments.
+        dropout: after the activation and after the second layer, in training.
+    Raises:
+        ShapeError: a size is not positive.
+    Source: Vaswani et al., Attention Is All You Need (2017), arXiv 1706.03762, equation 2.
+    Example:
+        >>> FeedForward(8, 32)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int | None = None,
+        *,
+        activation: Annotated[Node, Slot("layer")] = "gelu",
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden = _hidden(width, hidden, 4 * width)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.activation: nn.Module = factory("layer", activation)()
+        self.down = nn.Linear(hidden, width, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every position."""
+        return self.dropout(self.down(self.dropout(self.activation(self.up(x)))))
+
+    def initialise(self, std: float, out_std: float) -> None:
+        """Draw the weights anew: normal with `std`, the second layer with `out_std`; biases zero."""
+        _initialise({self.up: std, self.down: out_std})
+
+
+@register("layer", "swiglu", source="Shazeer 2020")
+class SwiGLU(nn.Module):
+    """Gated feed-forward network: down(silu(gate x) * up x), no biases by default.
+
+    x (..., width) -> (..., width).
+
+    Args:
+        hidden: channels of gate and up; None = 8/3 width, rounded to a multiple of 8: as many parameters as the plain
+            network with 4 * width.
+        dropout: of the output, in training.
+    Raises:
+        ShapeError: a size is not positive.
+    Source: N. Shazeer, GLU Variants Improve Transformer (2020), arXiv 2002.05202, equation 6.
+    """
+
+    def __init__(self, width: int, hidden: int | None = None, *, dropout: float = 0.0, bias: bool = False) -> None:
+        super().__init__()
+        hidden = _hidden(width, hidden, max(8, round(width / 3) * 8))
+        self.gate = nn.Linear(width, hidden, bias=bias)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every position."""
+        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
+
+    def initialise(self, std: float, out_std: float) -> None:
+        """Draw the weights anew: normal with `std`, the output layer with `out_std`; biases zero."""
+        _initialise({self.gate: std, self.up: std, self.down: out_std})
+
+
+def _hidden(width: int, hidden: int | None, default: int) -> int:
+    hidden = default if hidden is None else hidden
+    if width < 1 or hidden < 1:
+        raise ShapeError(f"sizes must be positive: {width=}, {hidden=}")
+    return hidden
+
+
+def _initialise(stds: dict[nn.Linear, float]) -> None:
+    for layer, std in stds.items():
+        nn.init.normal_(layer.weight, std=std)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
