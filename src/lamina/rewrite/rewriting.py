@@ -96,6 +96,7 @@ def apply_decision(
 ) -> nn.Module:
     """Carry out one decision already made, record it in the model's history, and let the optimizer follow."""
     earlier = history(model)
+    origin = _origin(model)
     before = _signature(model)
     count = _count(model)
     old_names = {id(p): n for n, p in model.named_parameters()}
@@ -108,6 +109,8 @@ def apply_decision(
         )
     record = Record(pass_name(one), one.version, to_json(decision), count, _count(result))
     result.lamina_history = (*earlier, record)  # type: ignore[assignment]
+    for name, value in origin.items():
+        setattr(result, name, value)
     if optimizer is not None:
         carry(optimizer, result, lineage, old_names=old_names)
     return result
@@ -212,6 +215,15 @@ def _agree(one: Pass[Any], model: nn.Module, data: Iterable[Batch] | None) -> An
     if "error" in message[0]:
         raise LaminaError(f"rank 0 could not decide {type(one).__name__}: {message[0]['error']}")
     return from_json(type(one), message[0]["decision"], one.version)
+
+
+def _origin(model: nn.Module) -> dict[str, Any]:
+    """How the model was built, kept through rewrites: a pass may edit a Hugging Face config or return a new root."""
+    origin = {n: getattr(model, n) for n in ("lamina_node", "lamina_config") if hasattr(model, n)}
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    if not origin and to_dict is not None:
+        origin["lamina_config"] = to_dict()
+    return origin
 
 
 def _signature(model: nn.Module) -> tuple[Any, ...]:

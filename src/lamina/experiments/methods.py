@@ -1,0 +1,153 @@
+"""`lamina methods`: the table of methods, and one method's parts, signatures, tests, claim and evidence."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+from rich.table import Table
+
+import lamina
+from lamina import registry
+from lamina.experiments import evidence
+from lamina.experiments.harness import Experiment, experiments, figures, find, paper_figures
+from lamina.registry import Part
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method as its experiment's module describes it."""
+
+    experiment: Experiment
+    title: str
+    page: str
+    """The module's docstring below its first line: Markdown."""
+    parts: tuple[Part, ...]
+    """Registered parts that the experiment's module itself imports."""
+    tests: tuple[str, ...]
+    """Test files of the modules behind the parts, relative to the source tree."""
+
+
+def methods() -> list[Method]:
+    """Return every method that has an experiment, by slug."""
+    return [describe(e) for e in experiments().values()]
+
+
+def describe(experiment: Experiment) -> Method:
+    """Collect what the registry, the experiment's docstring and the source tree say about a method."""
+    module = importlib.import_module(experiment.run.__module__)
+    title, _, page = inspect.cleandoc(module.__doc__ or experiment.slug).partition("\n")
+    parts = _parts(module)
+    return Method(experiment, title.rstrip("."), page.strip(), parts, _tests(parts))
+
+
+def show(slug: str | None = None, *, parts: bool = False) -> None:
+    """Print the table of methods, of all registered parts, or one method's page.
+
+    Raises:
+        LaminaError: no method is called so.
+    """
+    if parts:
+        console.print(_parts_table(registry.parts()))
+    elif slug is None:
+        console.print(_methods_table(methods()))
+    else:
+        _show_one(describe(find(slug)))
+
+
+def _show_one(method: Method) -> None:
+    one = method.experiment
+    console.print(f"[bold]{one.slug}[/bold]: {method.title}\n")
+    console.print(method.page, highlight=False, markup=False)
+    console.print("\n[bold]Parts[/bold]")
+    for part in method.parts:
+        console.print(f"  {part.kind} {part.name}: {part.place}{signature(part)}", highlight=False, markup=False)
+    console.print(f"\n[bold]Tests[/bold]  {', '.join(method.tests) or '-'}", highlight=False)
+    console.print(f"[bold]Claim[/bold]  {one.source}; bar: {one.bar.text}", highlight=False)
+    console.print(f"[bold]Status[/bold] {evidence.status(one)}", highlight=False)
+    for line in evidence_lines(one):
+        console.print(f"  {line}", highlight=False, markup=False)
+
+
+def evidence_lines(one: Experiment) -> list[str]:
+    """Word the stored figures: a line a figure, ours and baseline over the seeds, the paper's beside."""
+    found = evidence.read(one.slug)
+    if found is None:
+        return []
+    runs = found.measurements
+    ours, base, paper = (
+        [figures(m.ours) for m in runs],
+        [figures(m.baseline) for m in runs],
+        paper_figures(runs[0].paper),
+    )
+    lines = []
+    for name in ours[0]:
+        line = f"{name}: ours {_mean([o[name] for o in ours])}"
+        if all(name in b for b in base):
+            line += f", baseline {_mean([b[name] for b in base])}"
+        lines.append(line + (f", paper {paper[name]:g}" if name in paper else ""))
+    lines += [f"{name} (reported): {_mean([m.extra[name] for m in runs])}" for name in runs[0].extra]
+    if isinstance(runs[0].paper, str):
+        lines.append(f"paper: {runs[0].paper}")
+    return lines
+
+
+def signature(part: Part) -> str:
+    """Return a part's signature, without annotations, as a recipe's author needs it."""
+    try:
+        found = inspect.signature(part.target)
+    except (TypeError, ValueError):
+        return "(...)"
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()]
+    return str(found.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+
+
+def _methods_table(found: Sequence[Method]) -> Table:
+    table = Table("method", "what it is", "parts", "status")
+    for m in found:
+        names = ", ".join(f"{p.kind} {p.name}" for p in m.parts)
+        table.add_row(m.experiment.slug, m.title, names, evidence.status(m.experiment))
+    return table
+
+
+def _parts_table(found: Sequence[Part]) -> Table:
+    table = Table("kind", "name", "where", "what it is")
+    for part in found:
+        table.add_row(part.kind, part.name, part.place, first_line(part))
+    return table
+
+
+def first_line(part: Part) -> str:
+    """Return the first line of a part's docstring."""
+    return (inspect.getdoc(part.target) or "").partition("\n")[0]
+
+
+def _parts(module: ModuleType) -> tuple[Part, ...]:
+    """Return the registered parts a module names in `PARTS` ("kind name"), else those it imports."""
+    named: Sequence[str] | None = getattr(module, "PARTS", None)
+    if named is not None:
+        return tuple(registry.describe(*entry.split()) for entry in named)
+    values = [v for v in vars(module).values() if callable(v)]
+    return tuple(p for p in registry.parts() if any(p.target is v for v in values))
+
+
+def _tests(parts: Sequence[Part]) -> tuple[str, ...]:
+    root = Path(lamina.__file__).parent.parent.parent
+    modules = dict.fromkeys(p.target.__module__ for p in parts if p.target.__module__.startswith("lamina."))
+    files: list[str] = []
+    for module in modules:
+        *packages, name = module.split(".")[1:]
+        files += sorted(str(f.relative_to(root)) for f in root.joinpath("tests", *packages).glob(f"test_{name}*.py"))
+    return tuple(files)
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.4g} ({min(values):.4g} .. {max(values):.4g})" if min(values) < max(values) else f"{mean:.4g}"

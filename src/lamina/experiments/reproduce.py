@@ -1,0 +1,140 @@
+"""`lamina reproduce`: run experiments, judge them, write their evidence."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lamina.errors import LaminaError
+from lamina.experiments import evidence, picture
+from lamina.experiments.harness import (
+    SMOKE,
+    Experiment,
+    Measurement,
+    experiments,
+    figures,
+    find,
+    paper_figures,
+    verdict,
+)
+
+console = Console()
+
+
+def main(slugs: Sequence[str] = (), *, smoke: bool = False, check: bool = False, into: Path | None = None) -> int:
+    """Reproduce the named methods (all of them without a name); return the exit code.
+
+    One failing experiment never hides the others; the code is 1 if any failed to run or, with `check`, if any
+    evidence is stale, edited or has another verdict than it says.
+
+    Args:
+        smoke: a tenth of the budget, one seed, no evidence written.
+        check: train nothing; recompute verdicts, code hashes and digests.
+        into: folder for the evidence; default the source tree's.
+    """
+    chosen = [find(s) for s in slugs] if slugs else list(experiments().values())
+    if check:
+        problems = [p for e in chosen for p in check_one(e, into)]
+        for problem in problems:
+            console.print(problem, style="red", highlight=False)
+        console.print(f"{len(chosen)} experiments checked, {len(problems)} problems")
+        return int(bool(problems))
+    failed = [e.slug for e in chosen if not _attempt(e, smoke, into)]
+    if failed:
+        console.print(f"failed to run: {', '.join(failed)}", style="red")
+    return int(bool(failed))
+
+
+def reproduce(experiment: Experiment, *, into: Path | None = None) -> Path:
+    """Run every seed of one experiment, write `evidence/<slug>.json` and `.svg`, return the JSON's path."""
+    started = time.perf_counter()
+    measurements = [run_seed(experiment, seed) for seed in experiment.seeds]
+    where = into or evidence.folder()
+    path = evidence.write(experiment, measurements, time.perf_counter() - started, where)
+    picture.draw(experiment, measurements, where / f"{experiment.slug}.svg")
+    show(experiment, measurements)
+    return path
+
+
+def run_seed(experiment: Experiment, seed: int) -> Measurement:
+    """Run one seed with torch's global generator set to it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    measurement = experiment.run(seed, device)
+    console.print(
+        f"{experiment.slug} seed {seed}: ours {_words(figures(measurement.ours))} | baseline "
+        f"{_words(figures(measurement.baseline))} ({time.perf_counter() - started:.0f} s)",
+        highlight=False,
+    )
+    return measurement
+
+
+def check_one(experiment: Experiment, where: Path | None = None) -> list[str]:
+    """List what is wrong with an experiment's stored evidence; empty = nothing."""
+    try:
+        found = evidence.read(experiment.slug, where)
+    except LaminaError as error:
+        return [str(error)]
+    if found is None:
+        return [f"{experiment.slug}: no evidence (lamina reproduce {experiment.slug})"]
+    problems = [f"{experiment.slug}: stale: {name} changed since the run" for name in evidence.stale(experiment, found)]
+    judged = evidence.judge(experiment, found)
+    if judged.status != found.content["status"]:
+        problems.append(
+            f"{experiment.slug}: field 'status' says {found.content['status']}, the bar says {judged.status}"
+        )
+    return problems
+
+
+def show(experiment: Experiment, measurements: Sequence[Measurement]) -> None:
+    """Print the table of one experiment: ours, baseline, paper, and the verdict."""
+    judged = verdict(measurements, experiment.bar)
+    table = Table(title=f"{experiment.slug}: {experiment.bar.text}", title_justify="left")
+    for column in ("figure", "ours", "baseline", "paper"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    for name in figures(measurements[0].ours):
+        ours = [figures(m.ours)[name] for m in measurements]
+        base = [figures(m.baseline)[name] for m in measurements if name in figures(m.baseline)]
+        paper = paper_figures(measurements[0].paper).get(name)
+        table.add_row(name, _spread(ours), _spread(base), "-" if paper is None else f"{paper:g}")
+    for name in measurements[0].extra:
+        table.add_row(f"{name} (reported)", _spread([m.extra[name] for m in measurements]), "-", "-")
+    console.print(table)
+    for clause, (low, mean, high) in zip(experiment.bar.clauses, judged.intervals, strict=False):
+        console.print(f"  {clause.text}: {mean:.4g} [{low:.4g}, {high:.4g}]", highlight=False)
+    console.print(f"{judged.status or 'no verdict'}: {judged.reason}", style="bold")
+
+
+def _attempt(experiment: Experiment, smoke: bool, into: Path | None) -> bool:
+    try:
+        if smoke:
+            os.environ[SMOKE] = "1"
+            run_seed(experiment, experiment.seeds[0])
+        else:
+            reproduce(experiment, into=into)
+    except Exception:
+        console.print(f"{experiment.slug} failed:", style="red")
+        console.print(traceback.format_exc(), highlight=False, markup=False)
+        return False
+    finally:
+        os.environ.pop(SMOKE, None)
+    return True
+
+
+def _words(values: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4g}" if k != "value" else f"{v:.4g}" for k, v in values.items())
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = sum(values) / len(values)
+    return f"{mean:.4g} ({min(values):.4g} .. {max(values):.4g})" if len(values) > 1 else f"{mean:.4g}"
