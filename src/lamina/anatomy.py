@@ -11,7 +11,27 @@ from typing import Literal
 
 from torch import nn
 
-from lamina.batches import Batch
+from lamina import _anatomy_blocks as tree
+from lamina._anatomy_edit import attention_cores as attention_cores
+from lamina._anatomy_edit import get as get
+from lamina._anatomy_edit import keep_blocks as keep_blocks
+from lamina._anatomy_edit import swap as swap
+from lamina._anatomy_flow import Branch, Flow, follow, outermost
+from lamina._anatomy_tree import (
+    attentions,
+    channels,
+    hint,
+    is_attention,
+    is_head_norm,
+    is_inside,
+    is_norm,
+    join,
+    projections,
+    reads_like_attention,
+    widths,
+)
+from lamina.batches import Batch, bare
+from lamina.errors import AnatomyError, nearest
 
 NormPlace = Literal["pre", "post", "sandwich", "none"]
 """Where a sublayer's norm sits: x + F(norm x) | norm(x + F x) | x + norm(F(norm x)) | no norm found."""
@@ -87,7 +107,16 @@ class Anatomy:
         Raises:
             AnatomyError: several trunks and no path given, or no trunk at that path.
         """
-        raise NotImplementedError
+        paths = [t.path for t in self.trunks]
+        if path is None:
+            if len(self.trunks) == 1:
+                return self.trunks[0]
+            raise AnatomyError(f"{self.model} has several trunks: name one of {', '.join(paths)}")
+        if path not in paths:
+            raise AnatomyError(
+                f"{self.model} has no trunk at {path!r}{nearest(path, paths)} (trunks: {', '.join(paths)})"
+            )
+        return self.trunks[paths.index(path)]
 
 
 @dataclass(frozen=True)
@@ -106,8 +135,27 @@ class Shape:
 
 
 def dissect(model: nn.Module, batch: Batch | None = None, *, blocks: str | None = None) -> Anatomy:
-    """Find the trunks of a model (static reading of the tree; `batch` lets one traced forward confirm it)."""
-    raise NotImplementedError
+    """Find the trunks of a model by its module tree; runs nothing but the blocks' own forwards on symbols.
+
+    Args:
+        batch: one traced forward confirms the order of the blocks and where the norms sit.
+        blocks: path of the ModuleList or Sequential of blocks, where the model has none that can be recognised.
+    Raises:
+        AnatomyError: no repeated blocks, or `blocks` names none; with `batch`, blocks that do not run in sequence.
+    """
+    model = bare(model)
+    stacks = tree.find_stacks(model) if blocks is None else [tree.stack_at(model, blocks, get(model, blocks))]
+    if not stacks:
+        raise tree.none_found(model)
+    trunks = tuple(_trunk(model, stack) for stack in stacks)
+    width = _width(model, trunks[-1])
+    return Anatomy(
+        model=type(model).__name__,
+        trunks=trunks,
+        embeddings=tree.embeddings(model, stacks),
+        final_norm=tree.final_norm(model, stacks[-1], stacks, width),
+        head=tree.head(model, stacks[-1], stacks, width),
+    )
 
 
 def describe(model: nn.Module) -> Shape:
@@ -115,6 +163,145 @@ def describe(model: nn.Module) -> Shape:
     raise NotImplementedError
 
 
-def swap(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
-    """Put `new` where `path` is, in place; return what was there."""
-    raise NotImplementedError
+def _trunk(model: nn.Module, stack: tree.Stack) -> Trunk:
+    blocks = tuple(_block(path, get(model, path)) for path in stack.blocks)
+    return Trunk(stack.path, blocks, stack.repeats * _sharing(model), _is_causal(model, blocks))
+
+
+def _sharing(model: nn.Module) -> int:
+    """ALBERT's config tells how many of its layers one group of weights stands for; nothing in the tree does."""
+    config = getattr(model, "config", None)
+    groups, layers = getattr(config, "num_hidden_groups", None), getattr(config, "num_hidden_layers", None)
+    return layers // groups if isinstance(groups, int) and isinstance(layers, int) else 1
+
+
+def _is_causal(model: nn.Module, blocks: tuple[Block, ...]) -> bool:
+    for block in blocks:
+        one = block.find("attention")
+        if one is None:
+            continue
+        for module in get(model, one.path).modules():
+            for name in ("is_causal", "causal"):
+                said = getattr(module, name, None)
+                if isinstance(said, bool):
+                    return said
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_decoder", False))
+
+
+def _block(path: str, block: nn.Module) -> Block:
+    flow = None if isinstance(block, (nn.ModuleList, nn.ModuleDict)) else follow(block)
+    if flow is None or not flow.branches:
+        return Block(path, _listed_sublayers(path, block))
+    found = [(b.step, _sublayer(path, block, b, flow)) for b in flow.branches]
+    found.sort(key=lambda item: (item[0], item[1].kind != "attention"))
+    steps = [step for step, _ in found]
+    return Block(path, tuple(s for _, s in found), parallel=len(set(steps)) < len(steps))
+
+
+def _sublayer(path: str, block: nn.Module, branch: Branch, flow: Flow) -> Sublayer:
+    strand = branch.strand
+    norms, place = _norms(block, branch)
+    own = {*strand.units, *strand.before, *strand.inner, *strand.after, *branch.closing}
+    parts = outermost(block, strand.units, {c for c in flow.called if c not in own})
+    return Sublayer(
+        kind=_kind(block, strand.units, parts, strand.crosses),
+        path=join(path, parts[0]),
+        parts=tuple(join(path, p) for p in parts),
+        norms=tuple(join(path, n) for n in norms),
+        place=place,
+        returns="tuple" if parts[0] in flow.tuples else "tensor",
+        residual_inside=branch.hidden or (branch.scope != "" and is_inside(branch.scope, parts[-1])),
+    )
+
+
+def _norms(block: nn.Module, branch: Branch) -> tuple[tuple[str, ...], NormPlace]:
+    strand = branch.strand
+    inner = tuple(n for n in strand.inner if not is_head_norm(n))
+    norms = (*strand.before, *inner, *strand.after, *branch.closing)
+    if branch.closing:
+        return norms, "post"
+    if strand.after:
+        return norms, "sandwich"
+    if strand.before:
+        return norms, "pre"
+    hidden = _norms_within(block, strand.units[0])
+    if not hidden:
+        return norms, "none"
+    if branch.hidden:
+        return (*hidden, *norms), "post"
+    names = list(dict(block.get_submodule(strand.units[0]).named_children()))
+    first = next((names.index(n.partition(".")[0]) for n in projections(block.get_submodule(strand.units[0]))), 0)
+    early = names.index(hidden[0].rpartition(".")[2]) < first
+    return (*hidden, *norms), "pre" if early else "sandwich"
+
+
+def _norms_within(block: nn.Module, unit: str) -> tuple[str, ...]:
+    """Norms of the branch's width that an opaque unit keeps to itself."""
+    children = block.get_submodule(unit).named_children()
+    return tuple(join(unit, n) for n, m in children if is_norm(m) and not is_head_norm(n))
+
+
+def _kind(
+    block: nn.Module, units: tuple[str, ...], parts: tuple[str, ...], crosses: bool
+) -> Literal["attention", "cross_attention", "mlp", "branch"]:
+    modules = [block.get_submodule(u) for u in units]
+    sizes = [w for w in (widths(m) for m in modules) if w is not None]
+    said = hint(*(type(block.get_submodule(p)).__name__ for p in parts)) or hint(*(p.rpartition(".")[2] for p in parts))
+    if any(is_attention(m) for m in modules) or (said != "mlp" and reads_like_attention(sizes)):
+        return "cross_attention" if crosses else "attention"
+    if len(sizes) >= 2 and sizes[0][0] == sizes[-1][1] and not any(channels(m) for m in modules):
+        return "mlp"
+    if any(_is_feed_forward(m) for m in modules) or (said == "mlp" and not sizes):
+        return "mlp"
+    if said == "attention":
+        return "cross_attention" if crosses else "attention"
+    return "branch"
+
+
+def _is_feed_forward(module: nn.Module) -> bool:
+    """Tell an opaque module with a d -> f, f -> d pair of projections somewhere inside and no attention."""
+    sizes = [w for w in (widths(m) for m in module.modules() if m is not module) if w is not None]
+    return len(sizes) >= 2 and sizes[0][0] == sizes[-1][1] != sizes[0][1] and not list(attentions(module))
+
+
+def _listed_sublayers(path: str, block: nn.Module) -> tuple[Sublayer, ...]:
+    """Read a block that cannot run on symbols by what it lists: attentions, feed-forwards, and a norm for each."""
+    found = dict(attentions(block))
+    for name, module in block.named_modules():
+        if name and not any(is_inside(name, f) or is_inside(f, name) for f in found) and _is_feed_forward(module):
+            found[name] = module
+    names = [name for name, _ in block.named_modules() if name in found]
+    norms = [n for n, m in block.named_modules() if is_norm(m) and not is_head_norm(n)]
+    sublayers = []
+    for index, name in enumerate(names):
+        parts = outermost(block, (name,), {n for n in names if n != name})
+        within = [n for n in norms if is_inside(n, parts[0])]
+        outside = [n for n in norms if not any(is_inside(n, p) for p in names)]
+        mine = within or (outside[index : index + 1] if len(outside) == len(names) else [])
+        place: NormPlace = ("pre" if getattr(block, "norm_first", True) else "post") if mine else "none"
+        sublayers.append(
+            Sublayer(
+                kind="attention" if is_attention(found[name]) else "mlp",
+                path=join(path, parts[0]),
+                parts=tuple(join(path, p) for p in parts),
+                norms=tuple(join(path, n) for n in mine),
+                place=place,
+                returns="tuple" if isinstance(found[name], nn.MultiheadAttention) else "tensor",
+                residual_inside=False,
+            )
+        )
+    return tuple(sublayers)
+
+
+def _width(model: nn.Module, trunk: Trunk) -> int | None:
+    """Width of the residual stream: what the first projection of the last block reads."""
+    for sublayer in trunk.blocks[-1].sublayers if trunk.blocks else ():
+        for part in sublayer.parts:
+            for module in get(model, part).modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    return module.embed_dim
+                size = widths(module) or channels(module)
+                if size is not None:
+                    return size[0]
+    return None

@@ -1,0 +1,113 @@
+"""Module-tree surgery: read, replace and shorten by dotted path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lamina.errors import AnatomyError, nearest
+
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+_PER_LAYER = ("layer_types", "mlp_layer_types", "block_types", "layers_block_type")
+
+
+def get(model: nn.Module, path: str) -> nn.Module:
+    """Return the module at a dotted path; the empty path is the model itself.
+
+    Raises:
+        AnatomyError: no such path; the message names the nearest ones.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+        raise AnatomyError(f"{type(model).__name__} has no module {path!r}{nearest(path, known)}") from None
+
+
+def swap(model: nn.Module, path: str, new: nn.Module, *, all: bool = False) -> nn.Module:
+    """Put `new` where `path` is, in place; return what was there.
+
+    Args:
+        all: a module that stands at several paths is replaced at each of them.
+    Raises:
+        AnatomyError: no such path, the model itself, or a shared module without `all`.
+    """
+    old = get(model, path)
+    if not path:
+        raise AnatomyError(f"cannot swap {type(model).__name__} itself: the path is empty")
+    places = _places(model, old)
+    if len(places) > 1 and not all:
+        named = ", ".join(repr(f"{p}.{n}".lstrip(".")) for p, _, n in places)
+        raise AnatomyError(f"the module at {path!r} is shared by {named}; pass all=True to replace it everywhere")
+    for _, parent, name in places:
+        # Containers keep their children in the same table as any module, so an index is a name there.
+        parent.register_module(name, new)
+    return old
+
+
+def keep_blocks(model: nn.Module, trunk_path: str, indices: Sequence[int]) -> nn.ModuleList | nn.Sequential:
+    """Keep the children of a ModuleList or Sequential at `indices`, in that order; return the new container.
+
+    Where the model has a Hugging Face config whose depth is the container's length, the depth and the per-layer
+    lists follow. `layer_idx` is left as it is.
+
+    Raises:
+        AnatomyError: no container there, no index, an index out of range or named twice.
+    """
+    old = get(model, trunk_path)
+    if not isinstance(old, (nn.ModuleList, nn.Sequential)) or not trunk_path:
+        raise AnatomyError(f"{trunk_path!r} is a {type(old).__name__}, expected a ModuleList or Sequential of blocks")
+    count = len(old)
+    if not indices or len(set(indices)) < len(indices) or not all(0 <= i < count for i in indices):
+        raise AnatomyError(f"{trunk_path!r} has blocks 0..{count - 1}; cannot keep {list(indices)}")
+    children = list(old)
+    kept = [children[i] for i in indices]
+    new = nn.ModuleList(kept) if isinstance(old, nn.ModuleList) else nn.Sequential(*kept)
+    new.train(old.training)
+    swap(model, trunk_path, new)
+    _trim_config(model, trunk_path, count, indices)
+    return new
+
+
+def attention_cores(model: nn.Module, block: str) -> list[nn.Module]:
+    """List the submodules of the block at that path that number their cache slot (an integer `layer_idx`)."""
+    return [m for m in get(model, block).modules() if isinstance(getattr(m, "layer_idx", None), int)]
+
+
+def _places(model: nn.Module, module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    return [
+        (path, parent, name)
+        for path, parent in model.named_modules()
+        for name, child in parent._modules.items()
+        if child is module
+    ]
+
+
+def _trim_config(model: nn.Module, trunk_path: str, count: int, indices: Sequence[int]) -> None:
+    """Shorten the config nearest above the trunk (models of several trunks have one each)."""
+    for config in _configs(model, trunk_path):
+        names = [n for n in _DEPTHS if getattr(config, n, None) == count]
+        if getattr(config, "is_encoder_decoder", False):
+            encoder = ".encoder." in f".{trunk_path}."
+            names = [n for n in names if (n == "num_decoder_layers") != encoder and n != "num_hidden_layers"]
+        if not names:
+            continue
+        for name in _PER_LAYER:
+            listed = getattr(config, name, None)
+            if isinstance(listed, list) and len(listed) == count:
+                setattr(config, name, [listed[i] for i in indices])
+        for name in names:
+            setattr(config, name, len(indices))
+
+
+def _configs(model: nn.Module, trunk_path: str) -> list[Any]:
+    steps = trunk_path.split(".")
+    above = [get(model, ".".join(steps[:n])) for n in range(len(steps) - 1, -1, -1)]
+    found: dict[int, Any] = {}
+    for module in above:
+        config = getattr(module, "config", None)
+        if config is not None and not isinstance(config, (nn.Module, dict)):
+            found.setdefault(id(config), config)
+    return list(found.values())
