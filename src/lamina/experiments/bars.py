@@ -91,7 +91,7 @@ class _Parser:
         self.at = 0
 
     def error(self, problem: str, token: str | None) -> LaminaError:
-        return LaminaError(f"the bar {self.text!r} {problem} {token if token else 'its end'!r}")
+        return LaminaError(f"the bar {self.text!r} {problem} {token or 'its end'}")
 
     def peek(self) -> str | None:
         return self.tokens[self.at][0] if self.at < len(self.tokens) else None
