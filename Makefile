@@ -1,0 +1,44 @@
+# The two commands of the README are `make train` and `make test`; each sets up its own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: train test check lint types floors docs bench clean
+
+train: $(VENV)/installed
+	$(BIN)/lamina train $(ARGS)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: lint types floors test
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/codespell src tests docs benchmarks recipes README.md
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+floors: $(VENV)/installed-dev
+	$(BIN)/lint-imports
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python docs/generate.py && $(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/installed-dev
+	$(PIP) -e ".[bench]" && $(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e ".[dev]"
+	touch $(VENV)/installed $@
