@@ -3,10 +3,15 @@
 layer_norm      layer normalisation and its recurrent nets
 pooling_mixer   pooling and the control arms of the MetaFormer comparison
 attention       multi-head attention on torch's scaled_dot_product_attention
+feed_forward    the plain and the gated position-wise network
+layout          sequence mixers on images and the other way round
+torch_layers    torch's activations and batch norms under the names recipes use
 """
 
-from lamina.nn import activations as activations
+from lamina.nn import torch_layers as torch_layers
 from lamina.nn.attention import Attention as Attention
 from lamina.nn.attention import KeyValueCache as KeyValueCache
+from lamina.nn.feed_forward import FeedForward as FeedForward
+from lamina.nn.feed_forward import SwiGLU as SwiGLU
 from lamina.nn.layout import GridAsSequence as GridAsSequence
 from lamina.nn.layout import SequenceAsGrid as SequenceAsGrid

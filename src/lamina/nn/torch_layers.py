@@ -1,4 +1,4 @@
-"""torch's activations under the names recipes use."""
+"""torch's own activations and batch norms under the names recipes use; their options are torch's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "hardswish": nn.Hardswish,
     "identity": nn.Identity,
 }
-"""Registered name -> torch class; each keeps torch's own options."""
+"""Layers of any shape."""
+
+NORMS: dict[str, type[nn.Module]] = {
+    "batch_norm_1d": nn.BatchNorm1d,
+    "batch_norm_2d": nn.BatchNorm2d,
+    "batch_norm_3d": nn.BatchNorm3d,
+}
+"""Norms built from the number of channels, which is dimension 1."""
 
 for _name, _cls in ACTIVATIONS.items():
     register("layer", _name, source="torch")(_cls)
+for _name, _cls in NORMS.items():
+    register("norm", _name, source="torch; Ioffe & Szegedy 2015")(_cls)
