@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lamina._anatomy_flow import follow
-from lamina._anatomy_tree import attentions, channels, is_attention, is_inside, is_norm, join, widths
+from lamina._anatomy_tree import attentions, channels, is_inside, is_norm, join, widths
 from lamina.errors import AnatomyError
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
@@ -76,8 +76,10 @@ def _stack(path: str, container: nn.Module, inner: list[Stack]) -> Stack | None:
 def _members(container: nn.Module, *, whole: bool = False) -> list[tuple[str, nn.Module]]:
     """Children of the commonest class, listed once per place they stand at."""
     children = [(n, m) for n, m in container._modules.items() if m is not None]
-    # A block computes something from parts; leaves and attentions themselves are parts.
-    able = [(n, m) for n, m in children if whole or (len(list(m.children())) and not is_attention(m))]
+    # A block computes something from parts; leaves and torch's attention are parts themselves.
+    able = [
+        (n, m) for n, m in children if whole or (len(list(m.children())) and not isinstance(m, nn.MultiheadAttention))
+    ]
     if whole or not able:
         return able
     kind, count = Counter(type(m) for _, m in able).most_common(1)[0]
@@ -112,8 +114,8 @@ def embeddings(model: nn.Module, stacks: list[Stack]) -> tuple[str, ...]:
     found: list[str] = []
     before = True
     for path, module in model.named_modules():
-        if any(is_inside(path, s.path) for s in stacks):
-            before = before and path != stacks[0].path
+        if _covers(stacks, path):
+            before = before and not is_inside(path, stacks[0].blocks[0])
             continue
         table = isinstance(module, nn.Embedding)
         if table or (before and channels(module) is not None and not any(True for _ in module.children())):
@@ -127,8 +129,8 @@ def final_norm(model: nn.Module, last: Stack, stacks: list[Stack], width: int | 
     after: list[str] = []
     passed = False
     for path, module in model.named_modules():
-        passed = passed or path == last.path
-        if any(is_inside(path, s.path) for s in stacks) or not is_norm(module) or not path:
+        passed = passed or path == last.blocks[-1]
+        if _covers(stacks, path) or not is_norm(module) or not path:
             continue
         sizes = {p.shape[0] for p in module.parameters() if p.dim() == 1}
         if is_inside(last.path, path.rpartition(".")[0]) and (width is None or not sizes or width in sizes):
@@ -144,7 +146,7 @@ def head(model: nn.Module, last: Stack, stacks: list[Stack], width: int | None) 
         if named is not None and module is named:
             return path
         size = widths(module)
-        if size is None or any(is_inside(path, s.path) for s in stacks) or "pool" in path:
+        if size is None or _covers(stacks, path) or "pool" in path:
             continue
         fits = width is None or size[0] == width
         if fits and _stands_above(model, path, last):
@@ -157,6 +159,11 @@ def _stands_above(model: nn.Module, path: str, last: Stack) -> bool:
     if is_inside(last.path, parent):
         # A projection registered before the trunk leads into it.
         names = list(dict(model.get_submodule(parent).named_children()))
-        child = last.path.removeprefix(parent).lstrip(".").partition(".")[0]
-        return child not in names or names.index(name) > names.index(child)
+        child = last.blocks[-1].removeprefix(parent).lstrip(".").partition(".")[0]
+        return names.index(name) > names.index(child)
     return any(word in path for word in ("head", "classifier"))
+
+
+def _covers(stacks: list[Stack], path: str) -> bool:
+    """Tell a path inside a trunk; where the trunk is the whole model, only its blocks are."""
+    return any(is_inside(path, inner) for s in stacks for inner in (s.blocks if s.path == "" else (s.path,)))

@@ -31,6 +31,8 @@ class Strand:
     after: tuple[str, ...] = ()
     crosses: bool = False
     """True where it reads a second input (an encoder's output)."""
+    base: int = 0
+    """Number of additions the stream had seen where the strand left it; equal = parallel."""
 
 
 @dataclass
@@ -40,8 +42,6 @@ class Branch:
     strand: Strand
     scope: str
     """Path, in the block, of the module whose forward does the addition; empty = the block itself."""
-    step: int
-    """Branches of one step read the same input: they run in parallel."""
     closing: list[str] = field(default_factory=list)
     """Norms of the stream right after the addition (post-norm)."""
     hidden: bool = False
@@ -90,7 +90,7 @@ class _Root(nn.Module):
         self.memory = memory
 
     def forward(self, stream: Any) -> Any:
-        first, *rest = inspect.signature(self.block.forward).parameters.values()
+        rest = list(inspect.signature(self.block.forward).parameters.values())[1:]
         given: dict[str, Any] = {}
         for p in rest:
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
@@ -103,7 +103,7 @@ class _Root(nn.Module):
 
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__()
         self.stack: list[str] = []
         self.tuples: set[str] = set()
 
@@ -148,9 +148,8 @@ class _Value:
     role: Literal["stream", "normed", "branch", "memory"]
     strands: tuple[Strand, ...] = ()
     norms: tuple[str, ...] = ()
-
-
-_STREAM = _Value("stream")
+    sums: int = 0
+    """Of the stream: how many additions it has seen."""
 
 
 class _Reader:
@@ -161,7 +160,7 @@ class _Reader:
         self.values: dict[fx.Node, _Value | None] = {}
         self.branches: list[Branch] = []
         self.called: list[str] = []
-        self.step = 0
+        self.sums = 0
         self.live = _live(graph)
 
     def read(self) -> Flow:
@@ -172,7 +171,7 @@ class _Reader:
                 continue
             if node.op == "placeholder":
                 placeholders += 1
-                self.values[node] = _STREAM if placeholders == 1 else _memory(node)
+                self.values[node] = _Value("stream") if placeholders == 1 else _memory(node)
             elif node.op == "call_module":
                 self.values[node] = self._module(node)
             elif node.op in ("call_function", "call_method"):
@@ -211,9 +210,9 @@ class _Reader:
             return replace(value, strands=tuple(replace(s, after=(*s.after, path)) for s in value.strands))
         if value.role == "stream" and self._closes(node):
             for branch in self.branches:
-                if branch.step == self.step:
+                if branch.strand.base == self.branches[-1].strand.base:
                     branch.closing.append(path)
-            return _STREAM
+            return value
         return replace(value, role="normed", norms=(*value.norms, path))
 
     def _closes(self, node: fx.Node) -> bool:
@@ -223,7 +222,7 @@ class _Reader:
             if sum(u in self.live and not _is_size(u) for u in source.users) != 1:
                 return False
             if source.op != "call_module" and source.target in _ADD:
-                return self.step > 0
+                return bool(self.branches)
             source = next((n for n in source.all_input_nodes if self.values.get(n) is not None), source)
             if source.op == "call_module" and is_norm(self.block.get_submodule(str(source.target)[6:])):
                 return False
@@ -249,8 +248,7 @@ class _Reader:
         scope = str(node.meta.get("scope", ""))
         if len(branches) == 1:
             if any(v.role in ("stream", "normed") for v in given):
-                self._close(branches[0].strands, scope)
-                return _STREAM
+                return self._close(branches[0].strands, scope)
             return branches[0]
         if len(branches) == 2:
             short, long = sorted(branches, key=lambda v: len(v.strands[0].units))
@@ -258,7 +256,7 @@ class _Reader:
                 return self._close_hidden(short.strands[0], long.strands[0], scope)
             separate = not set(_units(short)) & set(_units(long))
             return _Value("branch", (*branches[0].strands, *branches[1].strands)) if separate else _merge(given)
-        return _STREAM if any(v.role == "stream" for v in given) else _merge(given)
+        return _merge([v for v in given if v.role == "stream"] or given)
 
     def _is_prefix(self, short: _Value, long: _Value) -> bool:
         """Tell an opaque module that must add the residual itself: its output is the stream of what follows."""
@@ -271,13 +269,13 @@ class _Reader:
     def _close_hidden(self, short: Strand, long: Strand, scope: str) -> _Value:
         self._close((short,), "", hidden=True)
         rest = long.units[len(short.units) :]
-        self._close((Strand(rest, short.after, long.inner, long.after),), scope)
-        return _STREAM
+        return self._close((Strand(rest, short.after, long.inner, long.after, base=self.sums),), scope)
 
-    def _close(self, strands: tuple[Strand, ...], scope: str, *, hidden: bool = False) -> None:
-        self.step += 1
+    def _close(self, strands: tuple[Strand, ...], scope: str, *, hidden: bool = False) -> _Value:
+        self.sums += 1
         known = {b.strand.units for b in self.branches}
-        self.branches += [Branch(s, scope, self.step, hidden=hidden) for s in strands if s.units not in known]
+        self.branches += [Branch(s, scope, hidden=hidden) for s in strands if s.units not in known]
+        return _Value("stream", sums=self.sums)
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
@@ -316,9 +314,9 @@ def _merge(given: list[_Value]) -> _Value | None:
     if strands:
         return _Value("branch", (_joined(strands),))
     for role in ("normed", "stream", "memory"):
-        for value in given:
-            if value.role == role:
-                return value
+        found = [v for v in given if v.role == role]
+        if found:
+            return max(found, key=lambda v: v.sums)
     return None
 
 
@@ -329,7 +327,8 @@ def _joined(strands: tuple[Strand, ...]) -> Strand:
     # A norm that only some of the strands went through (queries, keys) lies inside what they become.
     shared = tuple(n for n in every("after") if all(n in s.after for s in strands))
     inner = tuple(dict.fromkeys((*every("inner"), *(n for n in every("after") if n not in shared))))
-    return Strand(every("units"), every("before"), inner, shared, any(s.crosses for s in strands))
+    crosses = any(s.crosses for s in strands)
+    return Strand(every("units"), every("before"), inner, shared, crosses, max(s.base for s in strands))
 
 
 def _extend(given: list[_Value], path: str) -> Strand:
@@ -337,10 +336,10 @@ def _extend(given: list[_Value], path: str) -> Strand:
     crosses = any(v.role == "memory" for v in given)
     if not strands:
         norms = tuple(dict.fromkeys(n for v in given for n in v.norms))
-        return Strand((path,), before=norms, crosses=crosses)
+        return Strand((path,), before=norms, crosses=crosses, base=max((v.sums for v in given), default=0))
     one = strands[0] if len(strands) == 1 else _joined(strands)
     units = tuple(dict.fromkeys((*one.units, path)))
-    return Strand(units, one.before, (*one.inner, *one.after), (), one.crosses or crosses)
+    return replace(one, units=units, inner=(*one.inner, *one.after), after=(), crosses=one.crosses or crosses)
 
 
 def outermost(block: nn.Module, units: tuple[str, ...], foreign: set[str]) -> tuple[str, ...]:

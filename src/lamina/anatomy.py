@@ -6,6 +6,7 @@ sizes; `swap` is the one way a pass replaces a submodule.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from lamina._anatomy_edit import get as get
 from lamina._anatomy_edit import keep_blocks as keep_blocks
 from lamina._anatomy_edit import swap as swap
 from lamina._anatomy_flow import Branch, Flow, follow, outermost
+from lamina._anatomy_shape import config_of, context_of, head_sizes, vocabulary_of
 from lamina._anatomy_tree import (
     attentions,
     channels,
@@ -159,8 +161,40 @@ def dissect(model: nn.Module, batch: Batch | None = None, *, blocks: str | None 
 
 
 def describe(model: nn.Module) -> Shape:
-    """Read the sizes of a model from its dissection, its weights and, where it has one, its config."""
-    raise NotImplementedError
+    """Read the sizes of a model from its dissection, its weights and, where it has one, its config.
+
+    Of several trunks the last one counts (the language model, the decoder); stages of one trunk (Swin) are added up
+    in depth, and the sizes are the last stage's.
+
+    Raises:
+        AnatomyError: no repeated blocks.
+    """
+    model = bare(model)
+    anatomy = dissect(model)
+    last, config = anatomy.trunks[-1], config_of(model)
+    subs = [s for block in last.blocks for s in block.sublayers]
+    width = _width(model, last)
+    attention = next((get(model, s.path) for s in subs if s.kind == "attention"), None)
+    heads, kv_heads, head_width = (None, None, None) if attention is None else head_sizes(attention, width, config)
+    feeding = next(([m for p in s.parts for m in get(model, p).modules()] for s in subs if s.kind == "mlp"), [])
+    sizes = [w for w in (widths(m) for m in feeding) if w is not None]
+    tables = [m for m in (get(model, p) for p in anatomy.embeddings) if isinstance(m, nn.Embedding)]
+    projected = None if anatomy.head is None else widths(get(model, anatomy.head))
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        depth=sum(t.depth for t in anatomy.trunks if _stage(t.path) == _stage(last.path)),
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        feed_forward=next((into for into, _ in reversed(sizes) if into != width), sizes[-1][0] if sizes else None),
+        vocabulary=vocabulary_of(model, tables, projected[1] if projected else None),
+        context=context_of(model, config),
+    )
+
+
+def _stage(path: str) -> str:
+    return re.sub(r"\d+", "#", path)
 
 
 def _trunk(model: nn.Module, stack: tree.Stack) -> Trunk:
@@ -193,10 +227,10 @@ def _block(path: str, block: nn.Module) -> Block:
     flow = None if isinstance(block, (nn.ModuleList, nn.ModuleDict)) else follow(block)
     if flow is None or not flow.branches:
         return Block(path, _listed_sublayers(path, block))
-    found = [(b.step, _sublayer(path, block, b, flow)) for b in flow.branches]
+    found = [(b.strand.base, _sublayer(path, block, b, flow)) for b in flow.branches]
     found.sort(key=lambda item: (item[0], item[1].kind != "attention"))
-    steps = [step for step, _ in found]
-    return Block(path, tuple(s for _, s in found), parallel=len(set(steps)) < len(steps))
+    bases = [base for base, _ in found]
+    return Block(path, tuple(s for _, s in found), parallel=len(set(bases)) < len(bases))
 
 
 def _sublayer(path: str, block: nn.Module, branch: Branch, flow: Flow) -> Sublayer:
