@@ -18,7 +18,7 @@ class Example:
         model: `options`, `batch` (a mapping that `lamina.batches.call` understands).
         objective: `options`, `model`, `batch`.
         optimizer: `options` (without params). schedule, reducer: `options`.
-        pass: `options`; `model` and `batch` where the usual small decoder (4 blocks, width 16, vocabulary 32) does not fit.
+        pass: `options`; `model`, `batch` where the usual decoder (4 blocks, width 16, vocabulary 32) does not fit.
         data: `options`, `files` (path -> bytes, written below a folder; "{folder}" in an option stands for it).
     """
 

@@ -1,0 +1,200 @@
+"""What every layer, norm, mixer, field and model must do, with nothing written by its author but an example."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tests.contract.collect import label, make, of
+from torch import Tensor, nn
+
+from lamina import io
+from lamina.batches import call
+
+MODULES = of("norm", "layer", "mixer", "field", "model")
+REPRESENTATIVE = {"layer_norm", "attention", "feed_forward", "transformer"}
+
+
+def seeded(example):
+    torch.manual_seed(0)
+    return make(example)
+
+
+def feed(example):
+    torch.manual_seed(1)
+    if example.kind == "model":
+        batch = dict(example.batch())
+        return lambda m: call(m, batch)
+    inputs = example.inputs()
+    return lambda m: m(*inputs)
+
+
+def tensors(value):
+    """Every floating tensor of an output, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [t for v in values for t in tensors(v)]
+
+
+def loss_of(value):
+    return sum(t.float().square().mean() for t in tensors(value))
+
+
+def step(example, module, optimizer, run):
+    torch.manual_seed(2)  # dropout and the like, the same in every arm
+    optimizer.zero_grad()
+    loss = loss_of(run(module))
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def trained(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def same(left, right):
+    left, right = tensors(left), tensors(right)
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("example", MODULES, ids=label)
+def test_forward_is_finite_and_gradients_reach_every_parameter(example):
+    module, run = seeded(example), feed(example)
+    outputs = run(module)
+    assert all(torch.isfinite(t).all() for t in tensors(outputs))
+    if trained(module):
+        loss_of(outputs).backward()
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                assert p.grad is not None, f"no gradient reaches {name}"
+                assert torch.isfinite(p.grad).all(), name
+
+
+@pytest.mark.parametrize("example", MODULES, ids=label)
+def test_bf16_autocast_stays_near_float32(example):
+    if example.no_autocast:
+        pytest.skip(example.no_autocast)
+    module, run = seeded(example).eval(), feed(example)
+    with torch.no_grad():
+        exact = tensors(run(module))
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = tensors(run(module))
+    for a, b in zip(exact, rounded, strict=True):
+        scale = a.abs().max().clamp(min=1e-3)
+        assert (a - b.float()).abs().max() <= 0.08 * scale
+
+
+@pytest.mark.parametrize("example", MODULES, ids=label)
+def test_one_graph_of_torch_compile_gives_the_eager_outputs_and_gradients(example):
+    if example.no_compile:
+        pytest.skip(example.no_compile)
+    torch.compiler.reset()
+    backend = "inductor" if example.name in REPRESENTATIVE else "aot_eager"
+    eager, run = seeded(example), feed(example)
+    compiled_of = copy.deepcopy(eager)
+    compiled = torch.compile(compiled_of, backend=backend, fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(2)
+        expected = run(eager)
+        torch.manual_seed(2)
+        found = run(compiled)
+    for a, b in zip(tensors(expected), tensors(found), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    if trained(eager):
+        loss_of(expected).backward()
+        loss_of(found).backward()
+        for (name, a), b in zip(eager.named_parameters(), compiled_of.parameters(), strict=True):
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("example", MODULES, ids=label)
+def test_a_state_dict_carries_everything(example):
+    module, run = seeded(example), feed(example)
+    if trained(module):
+        step(example, module, torch.optim.SGD(trained(module), lr=0.1), run)
+    torch.manual_seed(99)
+    other = make(example)
+    other.load_state_dict(module.state_dict(), strict=True)
+    same(run(module.eval()), run(other.eval()))
+
+
+@pytest.mark.parametrize("example", MODULES, ids=label)
+def test_a_deep_copy_is_equal_and_independent(example):
+    module, run = seeded(example).eval(), feed(example)
+    before = [t.detach().clone() for t in tensors(run(module))]
+    other = copy.deepcopy(module)
+    same(run(module), run(other))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1.0)
+    same(before, [t.detach() for t in tensors(run(module))])
+
+
+@pytest.mark.parametrize("example", MODULES, ids=label)
+def test_killed_and_resumed_equals_never_killed(example):
+    run = feed(example)
+    whole = seeded(example)
+    if not trained(whole):
+        pytest.skip("has no parameters to train")
+    optimizer = torch.optim.AdamW(trained(whole), lr=1e-2)
+    expected = [step(example, whole, optimizer, run) for _ in range(4)]
+    first = seeded(example)
+    optimizer = torch.optim.AdamW(trained(first), lr=1e-2)
+    found = [step(example, first, optimizer, run) for _ in range(2)]
+    state = copy.deepcopy((first.state_dict(), optimizer.state_dict()))
+    torch.manual_seed(99)
+    second = make(example)
+    optimizer = torch.optim.AdamW(trained(second), lr=1e-2)
+    second.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    found += [step(example, second, optimizer, run) for _ in range(2)]
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+@pytest.mark.parametrize("example", of("model"), ids=label)
+def test_a_model_is_saved_and_loaded_bit_for_bit(example, tmp_path):
+    model, run = seeded(example).eval(), feed(example)
+    io.save(model, tmp_path / "saved")
+    torch.manual_seed(99)
+    same(run(model), run(io.load(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize("example", of("model"), ids=label)
+def test_a_model_is_built_on_the_meta_device_without_memory(example):
+    with torch.device("meta"):
+        model = make(example)
+    real = seeded(example)
+    assert all(p.is_meta for p in model.parameters())
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+
+
+@pytest.mark.parametrize("example", [e for e in MODULES if not e.no_compile], ids=label)
+def test_torch_export_takes_it(example):
+    module = seeded(example).eval()
+    torch.manual_seed(1)
+    if example.kind == "model":
+        batch = {k: v for k, v in example.batch().items() if k != "labels"}
+        names = {k: v for k, v in batch.items() if k in module.forward.__code__.co_varnames}
+        exported = (
+            torch.export.export(module, (), names or None)
+            if names
+            else torch.export.export(module, tuple(batch.values()))
+        )
+        found = exported.module()(**names) if names else exported.module()(*batch.values())
+        expected = module(**names) if names else module(*batch.values())
+    else:
+        inputs = example.inputs()
+        found, expected = torch.export.export(module, inputs).module()(*inputs), module(*inputs)
+    for a, b in zip(tensors(expected), tensors(found), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_representatives_are_still_there():
+    assert {e.name for e in MODULES} >= REPRESENTATIVE
+    assert isinstance(seeded(MODULES[0]), nn.Module)
