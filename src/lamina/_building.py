@@ -154,7 +154,10 @@ def spell(node: Any, kind: str, path: str, *, framed: bool = False, choices: boo
     if isinstance(node, Choice) and choices:
         if node.kind != "oneof":
             raise Misfit(path, f"expected a {kind} or !oneof [...] of several, got !{node.kind}")
-        return Choice("oneof", [spell(c, kind, path, framed=framed, choices=choices) for c in node.arguments])
+        return Choice(
+            "oneof",
+            [spell(c, kind, f"{path}[{i}]", framed=framed, choices=choices) for i, c in enumerate(node.arguments)],
+        )
     found = look_up(node, kind, path, framed=framed, choices=choices)
     missing = found.missing(OFFERED.get(kind, frozenset())) if framed else []
     if missing:
@@ -190,7 +193,7 @@ def _split(node: Any, kind: str, path: str) -> tuple[str, dict[str, Any]]:
         refuse_choice(node, path)
     options: dict[str, Any] = dict(node) if isinstance(node, Mapping) else {"name": node}
     if "name" not in options:
-        known = nearest("name", (str(k) for k in options))
+        known = next((h for k in options if (h := nearest(str(k), ["name"]))), "")
         raise Misfit(path, f"expected the name of a {kind} in the key 'name', got the keys {', '.join(map(repr, options)) or 'none'}{known}")  # fmt: skip  # noqa: E501
     name = options.pop("name")
     if not isinstance(name, str):

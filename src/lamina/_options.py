@@ -206,7 +206,8 @@ def _sentence(value: Any, hint: Any, error: ValidationError) -> str:
     hinted = nearest(value, _literals(hint)) if isinstance(value, str) else ""
     # A bound (`Field(gt=0)`) is in pydantic's words; a plain wrong type is in ours.
     bound = "greater_than", "less_than", "multiple_of", "too_short", "too_long", "string_pattern", "value_error"
-    why = f" ({first['msg']})" if first["type"].startswith(bound) else ""
+    counted = first.get("ctx", {}).get("field_type") == "Tuple"
+    why = f" ({first['msg']})" if first["type"].startswith(bound) and not counted else ""
     return f"expected {describe(hint)}, got {show(value)}{why}{hinted}"
 
 

@@ -248,6 +248,12 @@ def _represent_choice(dumper: _Dumper, choice: Choice) -> yaml.Node:
     return dumper.represent_mapping(f"!{choice.kind}", choice.arguments, flow_style=True)
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # Unusual spaces and line breaks only survive as escapes.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(float, _represent_float)
 _Dumper.add_representer(Choice, _represent_choice)
 _Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)

@@ -24,7 +24,8 @@ from lamina._building import OFFERED as OFFERED
 from lamina._building import Node as Node
 from lamina._building import build as build
 from lamina._building import factory as factory
-from lamina._building import look_up, open_choice, refuse_choice, spell
+from lamina._building import look_up, refuse_choice, spell
+from lamina._building import open_choice as open_choice
 from lamina._options import Misfit, fit, is_plain, plain, show
 from lamina._yaml import Choice as Choice
 from lamina.errors import LaminaError, RecipeError, nearest
@@ -150,8 +151,7 @@ def frame(node: Any, kind: str) -> dict[str, Any]:
 def _check(recipe: Recipe, choices: bool) -> Recipe:
     if not choices:
         refuse_choice(_mapping(recipe))
-    if isinstance(recipe.lamina, bool) or recipe.lamina != VERSION:
-        raise Misfit("lamina", f"this Lamina reads recipes of version {VERSION}, got {show(recipe.lamina)}")
+    _check_version(recipe.lamina)
 
     def one(node: Any, kind: str, path: str) -> Any:
         return spell(node, kind, path, framed=True, choices=choices)
@@ -192,14 +192,14 @@ def _check_passes(nodes: list[Any]) -> None:
         if when[i] < when[i - 1]:
             raise Misfit(
                 f"rewrite[{i}].at",
-                f"passes stand in the order they run, but this one (at {show(nodes[i]['at'])}) follows one at "
-                f"{show(nodes[i - 1]['at'])}",
+                f"passes stand in the order they run, but this one (at {nodes[i]['at']!r}) follows one at "
+                f"{nodes[i - 1]['at']!r}",
             )
     # By name, because this module stands below the passes.
     try:
         importlib.import_module("lamina.rewrite").check_order(passes)
     except LaminaError as error:
-        raise Misfit("", str(error)) from error
+        raise Misfit("rewrite", str(error)) from error
 
 
 def _check_parallel(value: Any) -> Any:
@@ -265,7 +265,14 @@ def _read_file(path: Path) -> str:
         raise RecipeError(f"the recipe {str(path)!r} is not UTF-8 text (byte {error.start})") from error
 
 
+def _check_version(given: Any, place: str = "") -> None:
+    if isinstance(given, bool) or not isinstance(given, int) or given != VERSION:
+        raise Misfit("lamina", f"this Lamina reads recipes of version {VERSION}, got {show(given)}", place)
+
+
 def _from_mapping(values: Mapping[str, Any], places: Mapping[str, str], name: str) -> Recipe:
+    # First, because a newer language may have other keys.
+    _check_version(values.get("lamina", VERSION), _place(places, "lamina"))
     for key in values:
         if key not in KEYS:
             raise Misfit(str(key), f"a recipe has no key {key!r}{nearest(str(key), KEYS)} (keys: {', '.join(KEYS)})", _place(places, str(key)))  # fmt: skip  # noqa: E501
@@ -309,27 +316,31 @@ def _override(values: dict[str, Any], text: str, places: dict[str, str]) -> None
         raise RecipeError(f"override {text!r}: a recipe has no key {steps[0]!r}{nearest(str(steps[0]), KEYS)}")
     value, _ = _yaml.read(value_text, f"override {text!r}")
     holder: Any = values
+    step: Any
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
         if isinstance(holder, list):
-            _check_index(holder, step, text)
+            step = _check_index(holder, step, text)
             if step == len(holder):
-                holder.append({})
+                holder.append(None)
         elif not isinstance(holder, dict):
             raise RecipeError(f"override {text!r}: {show(holder)} has no parts that {step!r} could be")
         if last:
             holder[step] = value
             break
         below = holder[step] if isinstance(holder, list) else holder.get(step)
+        if below is None and isinstance(steps[i + 1], int):
+            below = []
         below = {} if below is None else {"name": below} if isinstance(below, str) else below
         holder[step] = below
         holder = below
     _remember_override(places, "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps)[1:], text)
 
 
-def _check_index(holder: list[Any], step: Any, text: str) -> None:
+def _check_index(holder: list[Any], step: int | str, text: str) -> int:
     if not isinstance(step, int) or step > len(holder):
         raise RecipeError(f"override {text!r}: expected a place in the list, 0..{len(holder)}, got {step!r}")
+    return step
 
 
 def _remember_override(places: dict[str, str], path: str, text: str) -> None:

@@ -1,0 +1,122 @@
+"""Malformed recipes and the sentence each must give; the parts named are the stand-ins of test_recipe.py.
+
+Each entry is (what is wrong, the text, the whole sentence).
+"""
+
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+BASE = "model: net\ndata: rows\nobjective: plain\noptimizer: {name: adamw, lr: 0.1}\n"
+"""Four lines; what a test adds begins on line 5."""
+
+# A recipe as it stands.
+WHOLE: list[tuple[str, str, str]] = [
+    ("tab", "model:\n\t- a\n", "recipe:2: while scanning for the next token, found character '\\t' that cannot start any token"),
+    ("bracket", "model: {name: net\ndata: rows\n", "recipe:2: while parsing a flow mapping, expected ',' or '}', but got ':'"),
+    ("quote", 'model: "net\n', "recipe:2: while scanning a quoted scalar, found unexpected end of stream"),
+    ("no mapping", "- model: net\n", "recipe:1: a recipe is a mapping with the keys lamina, model, data, objective, optimizer, rewrite, gradients, parallel, train, report, got the list [{'model': 'net'}]"),
+    ("only text", "just text\n", "recipe:1: a recipe is a mapping with the keys lamina, model, data, objective, optimizer, rewrite, gradients, parallel, train, report, got the text 'just text'"),
+    ("empty", "\n", "recipe:1: a recipe is a mapping with the keys lamina, model, data, objective, optimizer, rewrite, gradients, parallel, train, report, got null"),
+    ("two documents", "model: net\n---\nmodel: net\n", "recipe:2: expected a single document in the stream, but found another document"),
+    ("python tag", "model: !!python/object/apply:os.getcwd []\n", "recipe:1: the tag '!!python/object/apply:os.getcwd' is not allowed, only !oneof, !floatv, !intv"),
+    ("own tag", "model: net\ndata: !onof [a, b]\n", "recipe:2: the tag '!onof' is not allowed, only !oneof, !floatv, !intv; did you mean 'oneof'?"),
+    ("standard tag", "model: !!str net\n", "recipe:1: the tag '!!str' is not allowed, only !oneof, !floatv, !intv"),
+    ("key twice", "model: net\ndata: rows\nmodel: net\n", "recipe:3: the key 'model' stands twice in one mapping (first at recipe:1)"),
+    ("option twice", "model: net\noptimizer: {name: adamw,\n  lr: 1, lr: 2}\n", "recipe:3: the key 'lr' stands twice in one mapping (first at recipe:3)"),
+    ("anchor", "model: &m net\ndata: *m\n", "recipe:1: anchors and aliases (& and *) are not allowed: write the node out"),
+    ("key is a list", "? [a, b]\n: 1\n", "recipe:1: a key must be a name or a whole number, got ['a', 'b']"),
+    ("key is true", "true: 1\nb: 2\n", "recipe:1: a key must be a name or a whole number, got True"),
+    ("control character", "model: net\ndata: \x07\n", "recipe:2: the character '\\x07' is not allowed in YAML"),
+    ("too deep", "model: " + "[" * 60 + "]" * 60 + "\n", "recipe:1: nested deeper than 50 levels"),
+    ("too many digits", "model: net\ntrain: {seed: " + "9" * 5000 + "}\n", "recipe:2: a number of 5000 digits is too long to read"),
+    ("oneof of nothing", "model: !oneof []\ndata: rows\n", "recipe:1: !oneof takes a list of at least one candidate, got []"),
+    ("empty range", "model: net\ntrain: {seed: !intv {min: 3, max: 1}}\n", "recipe:2: !intv needs min below max, got min 3 and max 1"),
+    ("range of text", "model: net\ntrain: {seed: !floatv {min: a, max: 1}}\n", "recipe:2: !floatv takes a number as min, got 'a'"),
+    ("range misspelt", "model: net\ntrain: {seed: !floatv {min: 0, mx: 1}}\n", "recipe:2: !floatv takes min, max, scale, got 'mx'; did you mean 'max'?"),
+    ("log from zero", "model: net\ntrain: {seed: !floatv {min: 0, max: 1, scale: log}}\n", "recipe:2: !floatv on a log scale needs min above 0, got 0"),
+    ("no model", "data: rows\nobjective: plain\n", "recipe:1: model: recipe names no model"),
+    ("empty data", "model: net\ndata:\nobjective: plain\n", "recipe:1: data: recipe names no data"),
+    ("top key", "model: net\nmodle: net\n", "recipe:2: modle: a recipe has no key 'modle'; did you mean 'model'? (keys: lamina, model, data, objective, optimizer, rewrite, gradients, parallel, train, report)"),
+    ("version", "lamina: 2\nmodel: net\n", "recipe:1: lamina: this Lamina reads recipes of version 1, got 2"),
+    ("version as text", "lamina: '1'\nmodel: net\n", "recipe:1: lamina: this Lamina reads recipes of version 1, got the text '1'"),
+]  # fmt: skip
+
+# A top-level key that replaces the one of BASE; it stands on line 5.
+KEY: list[tuple[str, str, str]] = [
+    ("unknown part", "model: nte", "recipe:5: model: no model is called 'nte'; did you mean 'net'? (`lamina methods --parts` lists all parts)"),
+    ("part of another kind", "model: adamw", "recipe:5: model: no model is called 'adamw' (`lamina methods --parts` lists all parts)"),
+    ("no name", "model: {nmae: net}", "recipe:5: model: expected the name of a model in the key 'name', got the keys 'nmae'; did you mean 'name'?"),
+    ("empty node", "model: {}", "recipe:5: model: expected the name of a model in the key 'name', got the keys none"),
+    ("name is a number", "model: {name: 3}", "recipe:5: model: expected the key 'name' to be the name of a model, got 3"),
+    ("node is a number", "model: 3", "recipe:5: model: expected {name: a model, option: value} or the name of a model, got 3"),
+    ("node is a list", "data: [rows]", "recipe:5: data: expected {name: a data, option: value} or the name of a data, got the list ['rows']"),
+    ("unknown option", "model: {name: net, wdith: 8}", "recipe:5: model.wdith: the model 'net' has no option 'wdith'; did you mean 'width', 'depth'? (it takes: width, depth, norm, fields)"),
+    ("an option of nothing", "objective: {name: plain, scale: 1}", "recipe:5: objective.scale: the objective 'plain' has no option 'scale' (it takes: weight)"),
+    ("text for whole", "model: {name: net, width: '8'}", "recipe:5: model.width: expected a whole number, got the text '8'"),
+    ("word for whole", "model: {name: net, width: eight}", "recipe:5: model.width: expected a whole number, got the text 'eight'"),
+    ("fraction for whole", "model: {name: net, width: 8.0}", "recipe:5: model.width: expected a whole number, got 8.0"),
+    ("exponent for whole", "model: {name: net, width: 1e3}", "recipe:5: model.width: expected a whole number, got 1000.0"),
+    ("true for whole", "model: {name: net, width: true}", "recipe:5: model.width: expected a whole number, got true"),
+    ("null for whole", "model: {name: net, width: }", "recipe:5: model.width: expected a whole number, got null"),
+    ("true for number", "optimizer: {name: adamw, lr: true}", "recipe:5: optimizer.lr: expected a number, got true"),
+    ("word for number", "optimizer: {name: adamw, lr: 1e-3x}", "recipe:5: optimizer.lr: expected a number, got the text '1e-3x'"),
+    ("nan", "optimizer: {name: adamw, lr: .nan}", "recipe:5: optimizer.lr: expected a number, got .nan"),
+    ("short pair", "optimizer: {name: adamw, betas: [0.9]}", "recipe:5: optimizer.betas: expected a list of 2, each a number, got the list [0.9]"),
+    ("long pair", "optimizer: {name: adamw, betas: [0.9, 0.99, 1]}", "recipe:5: optimizer.betas: expected a list of 2, each a number, got the list [0.9, 0.99, 1]"),
+    ("pair of words", "optimizer: {name: adamw, betas: [a, b]}", "recipe:5: optimizer.betas: expected a list of 2, each a number, got the list ['a', 'b']"),
+    ("number for truth", "optimizer: {name: adamw, amsgrad: 1}", "recipe:5: optimizer.amsgrad: expected true or false, got 1"),
+    ("yes for truth", "optimizer: {name: adamw, amsgrad: yes}", "recipe:5: optimizer.amsgrad: expected true or false, got the text 'yes'"),
+    ("missing option", "rewrite: [drop]", "recipe:5: rewrite[0]: the pass 'drop' needs the option 'count', which the node does not set"),
+    ("passes not a list", "rewrite: {name: drop, count: 1}", "recipe:5: rewrite: expected a list of pass nodes, got the mapping {'name': 'drop', 'count': 1}"),
+    ("part refuses", "rewrite: [{name: drop, count: 1}, {name: drop, count: 0}]", "recipe:5: rewrite[1].count: count must be at least 1, got 0"),
+    ("part refuses two", "rewrite: [{name: drop, count: 4, keep: 2}]", "recipe:5: rewrite[0].keep: keep=2 is below count=4"),
+    ("word not in list", "rewrite: [{name: drop, count: 1, by: cosin}]", "recipe:5: rewrite[0].by: expected one of 'cosine', 'random', got the text 'cosin'; did you mean 'cosine'?"),
+    ("at a word", "rewrite: [{name: drop, count: 1, at: befor}]", "recipe:5: rewrite[0].at: expected 'before', 'after' or a fraction of training between 0 and 1 (both excluded), got the text 'befor'; did you mean 'before'?"),
+    ("at too late", "rewrite: [{name: drop, count: 1, at: 1.5}]", "recipe:5: rewrite[0].at: expected 'before', 'after' or a fraction of training between 0 and 1 (both excluded), got 1.5"),
+    ("at zero", "rewrite: [{name: drop, count: 1, at: 0}]", "recipe:5: rewrite[0].at: expected 'before', 'after' or a fraction of training between 0 and 1 (both excluded), got 0"),
+    ("at true", "rewrite: [{name: drop, count: 1, at: true}]", "recipe:5: rewrite[0].at: expected 'before', 'after' or a fraction of training between 0 and 1 (both excluded), got true"),
+    ("order in time", "rewrite: [{name: drop, count: 1, at: 0.5}, {name: drop, count: 1}]", "recipe:5: rewrite[1].at: passes stand in the order they run, but this one (at 'before') follows one at 0.5"),
+    ("passes that conflict", "rewrite: [{name: fold}, {name: drop, count: 1}]", "recipe:5: rewrite: rewrite[0] (fold) and rewrite[1] (drop) exclude each other: nothing is left to drop after fold"),
+    ("at on a model", "model: {name: net, at: 0.5}", "recipe:5: model.at: the model 'net' has no option 'at' (it takes: width, depth, norm, fields)"),
+    ("no objective", "objective: []", "recipe:5: objective: expected at least one objective, got an empty list"),
+    ("negative weight", "objective: [plain, {name: plain, weight: -1}]", "recipe:5: objective[1].weight: expected a weight of at least 0, got -1"),
+    ("weight in words", "objective: {name: plain, weight: heavy}", "recipe:5: objective.weight: expected a weight of at least 0, got the text 'heavy'"),
+    ("seed", "model: {name: net, seed: -1}", "recipe:5: model.seed: expected a seed, a whole number of at least 0, got -1"),
+    ("unknown nested part", "model: {name: net, norm: layer_nrm}", "recipe:5: model.norm: no norm is called 'layer_nrm'; did you mean 'layer_norm'? (`lamina methods --parts` lists all parts)"),
+    ("nested option", "model: {name: net, norm: {name: layer_norm, esp: 1}}", "recipe:5: model.norm.esp: the norm 'layer_norm' has no option 'esp'; did you mean 'eps'? (it takes: width, eps)"),
+    ("nested value", "model:\n  name: net\n  norm:\n    name: layer_norm\n    eps: tiny", "recipe:9: model.norm.eps: expected a number, got the text 'tiny'"),
+    ("frame key nested", "model: {name: net, norm: {name: layer_norm, weight: 1}}", "recipe:5: model.norm.weight: the norm 'layer_norm' has no option 'weight'; did you mean 'width'? (it takes: width, eps)"),
+    ("list of parts", "model: {name: net, fields: [grid, {name: grid, szie: 2}]}", "recipe:5: model.fields[1].szie: the field 'grid' has no option 'szie'; did you mean 'size', 'seed'? (it takes: size)"),
+    ("list where one", "model: {name: net, norm: [layer_norm]}", "recipe:5: model.norm: expected {name: a norm, option: value} or the name of a norm, got the list ['layer_norm']"),
+    ("null slot", "model: {name: net, norm: }", "recipe:5: model.norm: expected {name: a norm, option: value} or the name of a norm, got null"),
+    ("no such module", "model: 'no.such.module:Net'", "recipe:5: model: the model 'no.such.module:Net' cannot be imported: No module named 'no'"),
+    ("no such object", "model: 'json:Net'", "recipe:5: model: the model 'json:Net' cannot be imported: module 'json' has no attribute 'Net'"),
+    ("schedule", "optimizer: {name: adamw, schedule: cosin}", "recipe:5: optimizer.schedule: no schedule is called 'cosin'; did you mean 'cosine'? (`lamina methods --parts` lists all parts)"),
+    ("schedule option", "optimizer: {name: adamw, schedule: {name: cosine, wramup: 1}}", "recipe:5: optimizer.schedule.wramup: the schedule 'cosine' has no option 'wramup'; did you mean 'warmup'? (it takes: warmup)"),
+    ("exclude", "optimizer: {name: adamw, exclude: norm_and_biases}", "recipe:5: optimizer.exclude: expected one of 'norms_and_biases', 'nothing', got the text 'norm_and_biases'; did you mean 'norms_and_biases'?"),
+    ("reducer", "gradients: {name: median, rank: 2}", "recipe:5: gradients.rank: the reducer 'median' has no option 'rank' (it takes: trim)"),
+    ("reducer refuses", "gradients: {name: median, trim: 0.9}", "recipe:5: gradients.trim: trim must be below 0.5, got 0.9"),
+    ("parallel word", "parallel: atuo", "recipe:5: parallel: expected 'auto' or a mapping with data, shard, tensor, pipeline, sequence, got the text 'atuo'"),
+    ("parallel key", "parallel: {tenor: 2}", "recipe:5: parallel.tenor: no dimension is called 'tenor'; did you mean 'tensor'? (there are: data, shard, tensor, pipeline, sequence)"),
+    ("parallel zero", "parallel: {data: 0}", "recipe:5: parallel.data: expected a whole number of at least 1, got 0"),
+    ("parallel not yet", "parallel: {data: 2, pipeline: 2}", "recipe:5: parallel.pipeline: training runs over data and shard only so far, so pipeline must be 1, got 2"),
+    ("train key", "train: {step: 4}", "recipe:5: train.step: training has no option 'step'; did you mean 'steps'? (it takes: steps, precision, clip)"),
+    ("train value", "train: {steps: many}", "recipe:5: train.steps: expected a whole number, got the text 'many'"),
+    ("train word", "train: {precision: bf61}", "recipe:5: train.precision: expected one of 'fp32', 'bf16', got the text 'bf61'; did you mean 'bf16'?"),
+    ("train refuses", "train: {steps: -1}", "recipe:5: train.steps: steps must be at least 1, got -1"),
+    ("train is a list", "train: [steps]", "recipe:5: train: expected a mapping of options, got the list ['steps']"),
+    ("report key", "report: {titel: a}", "recipe:5: report.titel: the report has no option 'titel'; did you mean 'title'? (it takes: title)"),
+    ("report value", "report: {title: 3}", "recipe:5: report.title: expected text, got 3"),
+    ("candidate", "model: {name: net, width: !oneof [8, wide]}", "recipe:5: model.width: expected a whole number, got the text 'wide'"),
+    ("range for whole", "model: {name: net, width: !floatv {min: 0.5, max: 2}}", "recipe:5: model.width: expected a whole number, got 0.5"),
+    ("candidate node", "model: !oneof [net, {name: nte}]", "recipe:5: model[1]: no model is called 'nte'; did you mean 'net'? (`lamina methods --parts` lists all parts)"),
+    ("range for a node", "model: !intv {min: 1, max: 2}", "recipe:5: model: expected a model or !oneof [...] of several, got !intv"),
+]  # fmt: skip
+
+# A search space, given to train.
+OPEN: list[tuple[str, str, str]] = [
+    ("open option", "model: {name: net, width: !oneof [8, 16]}", "recipe:5: model.width: this choice is open, so the recipe is a search space: `lamina search` runs it"),
+    ("open node", "optimizer: !oneof [adamw]", "recipe:5: optimizer: this choice is open, so the recipe is a search space: `lamina search` runs it"),
+    ("open inside a list", "optimizer: {name: adamw, betas: [0.9, !floatv {min: 0.9, max: 1}]}", "recipe:5: optimizer.betas[1]: this choice is open, so the recipe is a search space: `lamina search` runs it"),
+]  # fmt: skip
