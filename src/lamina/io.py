@@ -92,7 +92,7 @@ def load(folder: str | Path, *, base: nn.Module | None = None, device: torch.dev
     # The weights drawn here are overwritten: the caller's random state must not notice.
     with torch.random.fork_rng(devices=[]):
         model = build(architecture["base"], "model") if base is None else base
-    model = replay(model, [Record(**r) for r in architecture["rewrites"]])
+        model = replay(model, [Record(**r) for r in architecture["rewrites"]])
     fill(model, weights)
     return model.to(device).eval()
 
@@ -155,9 +155,9 @@ def _copy(own: Tensor, stored: Tensor, name: str, weights: Path) -> None:
 
 def _save_weights(model: nn.Module, path: Path) -> None:
     state = model.state_dict(keep_vars=True)
-    tensors = {name: state[name].detach().cpu().contiguous() for name in _unique(state)}
-    if any(t.is_meta for t in tensors.values()):
+    if any(t.is_meta for t in state.values()):
         raise LaminaError("the model has weights on the meta device: there is nothing to save")
+    tensors = {name: state[name].detach().cpu().contiguous() for name in _unique(state)}
     save_file(tensors, str(path), metadata={"format": "pt"})
 
 

@@ -86,14 +86,15 @@ class Distillation(nn.Module):
             # Zero, but with the count it will have later: weights of micro-batches stay comparable.
             return {**mean(student.new_zeros(student.shape[:-1]), kept), "active": student.new_zeros(())}
         seen, self._seen = self._seen, None
-        with torch.no_grad(), probe.capture(self.teacher, outputs=list(self.hidden.values())) as taught:
+        watching = probe.capture(self.teacher, outputs=list(self.hidden.values())) if self.hidden else nullcontext()
+        with torch.no_grad(), watching as taught:
             goal = logits(call(self.teacher, batch))
         if goal.shape != student.shape:
             raise ShapeError(f"distillation got student logits {tuple(student.shape)}, teacher {tuple(goal.shape)}")
         losses = mean(soft_divergence(student, goal, self.temperature), kept)
         losses["active"] = student.new_ones(())
         if self.hidden:
-            if seen is None:
+            if seen is None or taught is None:
                 raise LaminaError("distillation of hidden states needs the model: call the objective, not its loss()")
             term = sum_of_gaps([(seen.tensor(s), taught.tensor(t)) for s, t in self.hidden.items()], kept)
             losses["hidden"] = term.detach()
