@@ -13,5 +13,16 @@ from lamina.nn.attention import Attention as Attention
 from lamina.nn.attention import KeyValueCache as KeyValueCache
 from lamina.nn.feed_forward import FeedForward as FeedForward
 from lamina.nn.feed_forward import SwiGLU as SwiGLU
+from lamina.nn.layer_norm import ChannelLayerNorm as ChannelLayerNorm
+from lamina.nn.layer_norm import LayerNorm as LayerNorm
+from lamina.nn.layer_norm import RMSNorm as RMSNorm
+from lamina.nn.layer_norm import TokenBatchNorm as TokenBatchNorm
+from lamina.nn.layer_norm import layer_norm_reference as layer_norm_reference
+from lamina.nn.layer_norm_recurrent import LayerNormGRU as LayerNormGRU
+from lamina.nn.layer_norm_recurrent import LayerNormGRUCell as LayerNormGRUCell
+from lamina.nn.layer_norm_recurrent import LayerNormLSTM as LayerNormLSTM
+from lamina.nn.layer_norm_recurrent import LayerNormLSTMCell as LayerNormLSTMCell
+from lamina.nn.layer_norm_recurrent import LayerNormRNN as LayerNormRNN
+from lamina.nn.layer_norm_recurrent import LayerNormRNNCell as LayerNormRNNCell
 from lamina.nn.layout import GridAsSequence as GridAsSequence
 from lamina.nn.layout import SequenceAsGrid as SequenceAsGrid
