@@ -333,7 +333,7 @@ def test_a_seed_makes_the_weights_and_leaves_the_generator() -> None:
         (lambda: build(Choice("oneof", ["net"]), "model"), "model: this choice is open, so the recipe is a search space: `lamina search` runs it"),
         (lambda: build(3, "model"), "model: expected {name: a model, option: value} or the name of a model, got 3"),
         (lambda: factory("norm", {"name": "layer_norm", "width": 3})(4), "width: 'width' is set by the part around this norm 'layer_norm' (to 4): leave it out"),
-        (lambda: factory("field", "grid")(1, 2), "the field 'grid' cannot stand here: it takes 1 values, and is given 2"),
+        (lambda: factory("field", "grid")(1, 2), "the field 'grid' cannot stand here: it takes 1 values by position, and is given 2"),
         (lambda: factory("norm", "layer_norm")(), "the norm 'layer_norm' needs the option 'width', which the node does not set"),
     ],
 )  # fmt: skip
@@ -383,6 +383,17 @@ def test_a_factory_refuses_a_module_that_is_built() -> None:
     with pytest.raises(RecipeError, match=r"expected what builds a norm, got a LayerNorm that is built already"):
         factory("norm", torch.nn.LayerNorm(3))
     assert factory("norm", torch.nn.LayerNorm)(3).normalized_shape == (3,)
+    assert isinstance(factory("norm", torch.nn.Identity)(3), torch.nn.Identity)
+
+
+def test_a_module_without_a_constructor_has_no_options() -> None:
+    torch = pytest.importorskip("torch")
+    register("layer", "tanh")(torch.nn.Tanh)
+    assert isinstance(factory("layer", "tanh")(), torch.nn.Tanh)
+    with pytest.raises(
+        RecipeError, match=r"^layer\.slope: the layer 'tanh' has no option 'slope' \(it takes: no options\)$"
+    ):
+        build({"name": "tanh", "slope": 1}, "layer")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ FRAME: dict[str, tuple[str, ...]] = {
 """Keys of a top-level node that the frame takes itself (and `seed`, in any node whose part has no such option)."""
 
 OFFERED: dict[str, frozenset[str]] = {
-    "model": frozenset("vocabulary context classes channels features image_size size outputs".split()),
+    "model": frozenset("vocabulary context classes channels features image outputs".split()),
     "objective": frozenset("model vocabulary mask_token classes width".split()),
     "optimizer": frozenset({"params", "model"}),
     "schedule": frozenset({"fraction"}),
@@ -243,7 +243,7 @@ def _spell_defaults(spelled: dict[str, Any], signature: Signature, offered: froz
             continue
         with contextlib.suppress(Misfit):
             # A default outside its own type hint would not pass a second check: it stays unsaid.
-            _, spelled[option.name] = _check_option(Signature({option.name: option}, False), option.name,
+            _, spelled[option.name] = _check_option(Signature({option.name: option}, False, False), option.name,
                                                     option.default, f"{path}.{option.name}", False)  # fmt: skip
 
 
@@ -295,31 +295,36 @@ def _missing(found: Found, missing: list[str]) -> str:
 
 def _call(found: Found, values: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
     """Call the constructor with the node's options, the positional `values`, and what it names of `given`."""
-    options = found.signature.options
+    signature = found.signature
     arguments = dict(found.handed)
     for key, value in given.items():
-        unset = key not in arguments or (arguments[key] is None and options[key].default is None)
-        if key in options and unset:
+        unset = key not in arguments or (arguments[key] is None and signature.options[key].default is None)
+        if key in signature.options and unset:
             arguments[key] = value
-    names = list(options)[: len(values)]
-    for name, value in zip(names, values, strict=False):
-        if name in found.handed and value is None:
-            continue
-        if name in found.handed:
-            raise Misfit(name, f"{name!r} is set by the part around this {found.what} (to {show(value)}): leave it out")
-        arguments[name] = value
-    missing = [n for n in found.missing(given) if n not in arguments]
-    if missing:
+    placed = values if signature.variadic else _by_position(found, arguments, values)
+    missing = found.missing(frozenset(arguments))
+    if missing and not signature.variadic:
         raise Misfit(found.path, _missing(found, missing))
-    if len(values) > len(names):
-        raise Misfit(found.path, f"the {found.what} cannot stand here: it takes {len(names)} values, and is given {len(values)}")  # fmt: skip  # noqa: E501
     try:
         with _seeded(found.frame.get("seed")):
-            return found.part.target(**arguments)
+            return found.part.target(*placed, **arguments)
     except MissingExtra:
         raise
     except (LaminaError, ValueError, OSError) as error:
         raise _refused(found, error) from error
+
+
+def _by_position(found: Found, arguments: dict[str, Any], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Name the positional values and add them to the arguments; a None leaves what the node sets."""
+    names = [o.name for o in found.signature.options.values() if o.positional]
+    if len(values) > len(names):
+        raise Misfit(found.path, f"the {found.what} cannot stand here: it takes {len(names)} values by position, and is given {len(values)}")  # fmt: skip  # noqa: E501
+    for name, value in zip(names, values, strict=False):
+        if name in found.handed and value is not None:
+            raise Misfit(name, f"{name!r} is set by the part around this {found.what} (to {show(value)}): leave it out")
+        if name not in found.handed:
+            arguments[name] = value
+    return ()
 
 
 def _refused(found: Found, error: Exception) -> Misfit:
@@ -332,7 +337,7 @@ def _refused(found: Found, error: Exception) -> Misfit:
         path, sentence = ".".join(p for p in (found.path, below, error.path) if p), error.sentence
     else:
         sentence = " ".join(str(error).split()) or type(error).__name__
-        path = ".".join(p for p in (found.path, _blamed(sentence, found)) if p)
+        path = ".".join(p for p in (found.path, blamed(sentence, found.handed, found.signature.options)) if p)
     if not found.path and not path:
         sentence = f"{found.what}: {sentence}"
     refused = Misfit(path, sentence)
@@ -344,10 +349,10 @@ def _names(node: Any) -> str | None:
     return node.get("name") if isinstance(node, Mapping) else node if isinstance(node, str) else None
 
 
-def _blamed(sentence: str, found: Found) -> str:
-    """Guess which option a sentence is about: the first it names, of those the node sets, else of all."""
-    for names in (found.handed, found.signature.options):
-        places = {m.start(): n for n in names if (m := re.search(rf"(?<!\w){re.escape(n)}(?!\w)", sentence))}
+def blamed(sentence: str, *names: Iterable[str]) -> str:
+    """Guess which option a sentence is about: the first it names of the first group that has one; empty = none."""
+    for group in names:
+        places = {m.start(): n for n in group if (m := re.search(rf"(?<!\w){re.escape(n)}(?!\w)", sentence))}
         if places:
             return places[min(places)]
     return ""

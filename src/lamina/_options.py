@@ -44,6 +44,8 @@ class Option:
     """The kind of the part it takes, from `Annotated[..., Slot(kind)]`."""
     many: bool
     """True for a slot that takes a list of parts."""
+    positional: bool
+    """True where it may be handed over by position."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Signature:
     options: Mapping[str, Option]
     open_ended: bool
     """True where the part takes any keyword (`**options`)."""
+    variadic: bool
+    """True where values by position have no names (`*values`)."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -69,11 +73,15 @@ def signature_of(target: Callable[..., Any]) -> Signature:
     hints = _hints(target)
     options = {}
     for p in parameters:
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY):
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
             hint = hints.get(p.name, Any)
             slot, many = _find_slot(hint)
-            options[p.name] = Option(p.name, hint, p.default, slot, many)
-    return Signature(options, any(p.kind is p.VAR_KEYWORD for p in parameters))
+            options[p.name] = Option(p.name, hint, p.default, slot, many, p.kind is p.POSITIONAL_OR_KEYWORD)
+    # torch's Module takes any keyword in order to refuse it: a module without a constructor of its own has no options.
+    bare = getattr(getattr(target, "__init__", None), "__qualname__", "") == "Module.__init__"
+    kinds = {p.kind for p in parameters}
+    nameless = inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.POSITIONAL_ONLY in kinds
+    return Signature(options, inspect.Parameter.VAR_KEYWORD in kinds and not bare, nameless and not bare)
 
 
 def fit(value: Any, hint: Any, path: str) -> Any:

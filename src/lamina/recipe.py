@@ -22,9 +22,9 @@ from lamina import _yaml
 from lamina._building import FRAME as FRAME
 from lamina._building import OFFERED as OFFERED
 from lamina._building import Node as Node
+from lamina._building import blamed, look_up, refuse_choice, spell
 from lamina._building import build as build
 from lamina._building import factory as factory
-from lamina._building import look_up, refuse_choice, spell
 from lamina._building import open_choice as open_choice
 from lamina._options import Misfit, fit, is_plain, plain, show
 from lamina._yaml import Choice as Choice
@@ -239,7 +239,7 @@ def _check_train(value: Any) -> dict[str, Any]:
     try:
         built = options(**{key: given for key, given in handed.items() if key not in still_open})
     except (LaminaError, ValueError) as error:
-        named = next((k for k in known if re.search(rf"\b{k}\b", str(error))), "")
+        named = blamed(str(error), handed, known)
         raise Misfit(f"train.{named}" if named else "train", str(error)) from error
     return {key: still_open.get(key, plain(getattr(built, key))) for key in known}
 
