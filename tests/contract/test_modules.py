@@ -1,6 +1,7 @@
 """What every layer, norm, mixer, field and model must do, with nothing written by its author but an example."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -179,18 +180,14 @@ def test_torch_export_takes_it(example):
     module = seeded(example).eval()
     torch.manual_seed(1)
     if example.kind == "model":
-        batch = {k: v for k, v in example.batch().items() if k != "labels"}
-        names = {k: v for k, v in batch.items() if k in module.forward.__code__.co_varnames}
-        exported = (
-            torch.export.export(module, (), names or None)
-            if names
-            else torch.export.export(module, tuple(batch.values()))
-        )
-        found = exported.module()(**names) if names else exported.module()(*batch.values())
-        expected = module(**names) if names else module(*batch.values())
+        known = inspect.signature(module.forward).parameters
+        positional, named = (), {k: v for k, v in example.batch().items() if k in known and k != "labels"}
     else:
-        inputs = example.inputs()
-        found, expected = torch.export.export(module, inputs).module()(*inputs), module(*inputs)
+        positional, named = example.inputs(), {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(module, positional, named)
+    found, expected = exported.module()(*positional, **named), module(*positional, **named)
     for a, b in zip(tensors(expected), tensors(found), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 

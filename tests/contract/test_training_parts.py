@@ -7,6 +7,7 @@ import torch
 from tests.contract.collect import label, make, of
 from torch import nn
 
+from lamina.errors import LaminaError
 from lamina.gradients import attach
 from lamina.optim import parameter_groups
 from lamina.registry import describe
@@ -80,7 +81,7 @@ def test_a_schedule_is_a_finite_multiplier_over_all_of_training(example):
     assert all(isinstance(v, float) and 0.0 <= v <= 10.0 for v in values)
     assert max(values) > 0
     for outside in (-0.01, 1.01):
-        with pytest.raises(ValueError, match=r"fraction"):
+        with pytest.raises(LaminaError, match=r"fraction must be within 0..1"):
             schedule(outside, **example.options)
 
 
