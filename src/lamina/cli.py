@@ -21,7 +21,7 @@ app = typer.Typer(name="lamina", no_args_is_help=True, add_completion=False, ric
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Arguments = Annotated[
-    list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="Recipe file, then optimizer.lr=1e-3 ...")
+    list[str] | None, typer.Argument(metavar="RECIPE|KEY=VALUE", help="Recipe file, then optimizer.lr=1e-3 ...")
 ]
 
 
