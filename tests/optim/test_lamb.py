@@ -213,9 +213,10 @@ def test_without_ratio_it_is_adam_with_decoupled_decay(foreach: bool | None) -> 
 def test_v3_is_pytorch_optimizers_lamb(foreach: bool | None) -> None:
     import pytorch_optimizer
 
-    # Theirs adds eps to the ratio's divisor as well.
+    # Theirs adds eps to the ratio's divisor too, and divides the finished step by 1 - b1^t unless adam_debias is set.
     shapes = [(8, 8), (16,), (3, 5)]
-    theirs = pytorch_optimizer.Lamb(make(shapes), lr=0.02, weight_decay=0.05, eps=1e-9, pre_norm=False)
+    options: dict[str, Any] = {"weight_decouple": False, "adam_debias": True, "pre_norm": False, "foreach": False}
+    theirs = pytorch_optimizer.Lamb(make(shapes), lr=0.02, weight_decay=0.05, eps=1e-9, **options)
     ours = LAMB(make(shapes), lr=0.02, weight_decay=0.05, eps=1e-9, variant="v3", foreach=foreach)
     torch.testing.assert_close(run(ours, 20), run(theirs, 20), rtol=1e-6, atol=1e-8)
 

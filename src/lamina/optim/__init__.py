@@ -2,12 +2,17 @@
 
 lamb, lars  layer-wise adaptive rates for large batches
 schedule    multipliers as functions of the fraction of training
+groups      what is decayed and adapted, and what is not
 carry       the optimizer follows a rewritten model
+torch_parts torch's own optimizers under short names
 """
 
+from lamina.optim import torch_parts as torch_parts
 from lamina.optim.carry import Carried as Carried
 from lamina.optim.carry import carry as carry
 from lamina.optim.groups import parameter_groups as parameter_groups
+from lamina.optim.lamb import LAMB as LAMB
+from lamina.optim.lars import LARS as LARS
 from lamina.optim.schedule import constant as constant
 from lamina.optim.schedule import sqrt_batch_rule as sqrt_batch_rule
 from lamina.optim.schedule import stages as stages
