@@ -5,6 +5,8 @@ replace     one kind of layer for another, weights carried where a map exists
 drop        remove attention, feed-forward or whole blocks by similarity
 """
 
+from lamina.rewrite.replace import Replace as Replace
+from lamina.rewrite.replace import ReplaceDecision as ReplaceDecision
 from lamina.rewrite.rewriting import Pass as Pass
 from lamina.rewrite.rewriting import Record as Record
 from lamina.rewrite.rewriting import check_order as check_order
