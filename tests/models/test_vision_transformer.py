@@ -19,7 +19,7 @@ DEIT_EXAMPLES = [
     Example(
         "model",
         name,
-        options={"classes": 3, "image": 16},
+        options={"classes": 3, "image": 16, "depth": 1},
         batch=lambda: {"pixel_values": images(2, 3, 16, 16), "labels": torch.tensor([0, 2])},
         bad={"image": 17},
     )

@@ -117,21 +117,21 @@ class VisionTransformer(nn.Module):
 
 
 @register("model", source="Touvron et al. 2021, table 1")
-def deit_tiny(classes: int = 1000, image: int = 224, *, dropout: float = 0.0) -> VisionTransformer:
+def deit_tiny(classes: int = 1000, image: int = 224, *, depth: int = 12, dropout: float = 0.0) -> VisionTransformer:
     """DeiT-Ti: 12 blocks of width 192, 3 heads, patches of 16; 5.7 M parameters."""
-    return VisionTransformer(image, 16, 12, 192, 3, classes=classes, dropout=dropout)
+    return VisionTransformer(image, 16, depth, 192, 3, classes=classes, dropout=dropout)
 
 
 @register("model", source="Touvron et al. 2021, table 1")
-def deit_small(classes: int = 1000, image: int = 224, *, dropout: float = 0.0) -> VisionTransformer:
+def deit_small(classes: int = 1000, image: int = 224, *, depth: int = 12, dropout: float = 0.0) -> VisionTransformer:
     """DeiT-S: 12 blocks of width 384, 6 heads, patches of 16; 22 M parameters."""
-    return VisionTransformer(image, 16, 12, 384, 6, classes=classes, dropout=dropout)
+    return VisionTransformer(image, 16, depth, 384, 6, classes=classes, dropout=dropout)
 
 
 @register("model", source="Touvron et al. 2021, table 1")
-def deit_base(classes: int = 1000, image: int = 224, *, dropout: float = 0.0) -> VisionTransformer:
+def deit_base(classes: int = 1000, image: int = 224, *, depth: int = 12, dropout: float = 0.0) -> VisionTransformer:
     """DeiT-B (the size of ViT-B): 12 blocks of width 768, 12 heads, patches of 16; 86.6 M parameters."""
-    return VisionTransformer(image, 16, 12, 768, 12, classes=classes, dropout=dropout)
+    return VisionTransformer(image, 16, depth, 768, 12, classes=classes, dropout=dropout)
 
 
 def _check(**sizes: int) -> None:
