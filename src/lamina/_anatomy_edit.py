@@ -108,6 +108,7 @@ def _configs(model: nn.Module, trunk_path: str) -> list[Any]:
     found: dict[int, Any] = {}
     for module in above:
         config = getattr(module, "config", None)
-        if config is not None and not isinstance(config, (nn.Module, dict)):
+        # Only Hugging Face configs: another library's may be frozen, or mean something else.
+        if hasattr(config, "model_type"):
             found.setdefault(id(config), config)
     return list(found.values())

@@ -7,12 +7,13 @@ sizes; `swap` is the one way a pass replaces a submodule.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
 from lamina import _anatomy_blocks as tree
+from lamina._anatomy_check import Call, measured_norms, measured_repeats, trace
 from lamina._anatomy_edit import attention_cores as attention_cores
 from lamina._anatomy_edit import get as get
 from lamina._anatomy_edit import keep_blocks as keep_blocks
@@ -150,6 +151,8 @@ def dissect(model: nn.Module, batch: Batch | None = None, *, blocks: str | None 
     if not stacks:
         raise tree.none_found(model)
     trunks = tuple(_trunk(model, stack) for stack in stacks)
+    if batch is not None:
+        trunks = _confirmed(model, batch, trunks)
     width = _width(model, trunks[-1])
     return Anatomy(
         model=type(model).__name__,
@@ -200,6 +203,33 @@ def _stage(path: str) -> str:
 def _trunk(model: nn.Module, stack: tree.Stack) -> Trunk:
     blocks = tuple(_block(path, get(model, path)) for path in stack.blocks)
     return Trunk(stack.path, blocks, stack.repeats * _sharing(model), _is_causal(model, blocks))
+
+
+def _confirmed(model: nn.Module, batch: Batch, trunks: tuple[Trunk, ...]) -> tuple[Trunk, ...]:
+    """Hold the static reading against one forward pass; what the values say wins."""
+    blocks = [b for t in trunks for b in t.blocks]
+    parts = {p for b in blocks for s in b.sublayers for p in s.parts}
+    norms = {join(b.path, n) for b in blocks for n, m in get(model, b.path).named_modules() if n and is_norm(m)}
+    calls = trace(model, batch, {b.path for b in blocks} | parts | norms)
+    found = []
+    for trunk in trunks:
+        repeats = measured_repeats(calls, trunk.path, tuple(b.path for b in trunk.blocks))
+        if repeats is not None:
+            trunk = replace(trunk, repeats=repeats, blocks=tuple(_measured(model, calls, b) for b in trunk.blocks))
+        found.append(trunk)
+    return tuple(found)
+
+
+def _measured(model: nn.Module, calls: list[Call], block: Block) -> Block:
+    sublayers: list[Sublayer] = []
+    for sublayer in block.sublayers:
+        taken = {p for s in block.sublayers for p in s.parts if s is not sublayer}
+        taken.update(n for s in sublayers if s.place == "post" for n in s.norms)
+        norms, place = measured_norms(model, calls, block.path, sublayer.parts, taken)
+        # Values cannot show norms deep inside a branch: the static reading stands unless they contradict it.
+        agree = set(norms) <= set(sublayer.norms) and (place == sublayer.place or not norms)
+        sublayers.append(sublayer if agree else replace(sublayer, norms=norms, place=place))
+    return replace(block, sublayers=tuple(sublayers))
 
 
 def _sharing(model: nn.Module) -> int:
