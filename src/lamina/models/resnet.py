@@ -84,6 +84,7 @@ class ResNet(nn.Module):
     Source: He et al., Deep Residual Learning for Image Recognition (2016), arXiv 1512.03385, table 1 and section 4.2.
         Deviation: shortcuts that change the shape are always 1x1 convolutions (option B), in small nets too.
     Example:
+        >>> import torch
         >>> ResNet((1, 1), (8, 16), stem="small", classes=5)(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 5])
     """

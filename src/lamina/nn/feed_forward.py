@@ -26,6 +26,7 @@ class FeedForward(nn.Module):
         ShapeError: a size is not positive.
     Source: Vaswani et al., Attention Is All You Need (2017), arXiv 1706.03762, equation 2.
     Example:
+        >>> import torch
         >>> FeedForward(8, 32)(torch.randn(2, 3, 8)).shape
         torch.Size([2, 3, 8])
     """
