@@ -9,7 +9,15 @@ from torch import nn
 
 from lamina.errors import AnatomyError, nearest
 
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+_DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
 _PER_LAYER = ("layer_types", "mlp_layer_types", "block_types", "layers_block_type")
 
 
@@ -86,12 +94,12 @@ def _places(model: nn.Module, module: nn.Module) -> list[tuple[str, nn.Module, s
 
 
 def _trim_config(model: nn.Module, trunk_path: str, count: int, indices: Sequence[int]) -> None:
-    """Shorten the config nearest above the trunk (models of several trunks have one each)."""
-    for config in _configs(model, trunk_path):
+    """Shorten the configs above the trunk; where one speaks of encoder and decoder, only the trunk's half."""
+    for config, below in _configs(model, trunk_path):
         names = [n for n in _DEPTHS if getattr(config, n, None) == count]
-        if getattr(config, "is_encoder_decoder", False):
-            encoder = ".encoder." in f".{trunk_path}."
-            names = [n for n in names if (n == "num_decoder_layers") != encoder and n != "num_hidden_layers"]
+        half = next((s for s in below.split(".") if s in ("encoder", "decoder")), None)
+        if getattr(config, "is_encoder_decoder", False) and half is not None:
+            names = [n for n in names if ("decoder" in n) == (half == "decoder")]
         if not names:
             continue
         for name in _PER_LAYER:
@@ -102,13 +110,13 @@ def _trim_config(model: nn.Module, trunk_path: str, count: int, indices: Sequenc
             setattr(config, name, len(indices))
 
 
-def _configs(model: nn.Module, trunk_path: str) -> list[Any]:
+def _configs(model: nn.Module, trunk_path: str) -> list[tuple[Any, str]]:
+    """List each config above the trunk once, with the rest of the path below the outermost module that holds it."""
     steps = trunk_path.split(".")
-    above = [get(model, ".".join(steps[:n])) for n in range(len(steps) - 1, -1, -1)]
-    found: dict[int, Any] = {}
-    for module in above:
-        config = getattr(module, "config", None)
+    found: dict[int, tuple[Any, str]] = {}
+    for length in range(len(steps)):
+        config = getattr(get(model, ".".join(steps[:length])), "config", None)
         # Only Hugging Face configs: another library's may be frozen, or mean something else.
         if hasattr(config, "model_type"):
-            found.setdefault(id(config), config)
+            found.setdefault(id(config), (config, ".".join(steps[length:])))
     return list(found.values())
