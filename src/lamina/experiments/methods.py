@@ -45,7 +45,8 @@ def describe(experiment: Experiment) -> Method:
     module = importlib.import_module(experiment.run.__module__)
     title, _, page = inspect.cleandoc(module.__doc__ or experiment.slug).partition("\n")
     parts = _parts(module)
-    return Method(experiment, title.rstrip("."), page.strip(), parts, _tests(parts))
+    tests = getattr(module, "TESTS", None) or _tests(parts)
+    return Method(experiment, title.rstrip("."), page.strip(), parts, tests)
 
 
 def show(slug: str | None = None, *, parts: bool = False) -> None:
@@ -130,7 +131,7 @@ def first_line(part: Part) -> str:
 
 
 def _parts(module: ModuleType) -> tuple[Part, ...]:
-    """Return the registered parts a module names in `PARTS` ("kind name"), else those it imports."""
+    """Return the registered parts a module names in `PARTS` ("kind name"; may be empty), else those it imports."""
     named: Sequence[str] | None = getattr(module, "PARTS", None)
     if named is not None:
         return tuple(registry.describe(*entry.split()) for entry in named)
