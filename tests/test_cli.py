@@ -206,7 +206,8 @@ def test_mistakes(words: list[str], sentence: str, capsys: pytest.CaptureFixture
 def test_train_hands_over_the_checked_recipe(recipe: Path, trained: list[Any]) -> None:
     run("train", "mine.yaml", "optimizer.lr=1e-2", "train.steps=7", "--name", "a", "--resume")
     run("train", "optimizer.lr=1", str(recipe), "--folder", "b")
-    run("train", "mine.yaml")
+    Path("a=b.yaml").write_text(RECIPE, encoding="utf-8")
+    run("train", "a=b.yaml")
     assert [(folder, resume) for _, folder, resume in trained] == [
         (Path("runs/a"), True), (Path("b"), False), (None, False),
     ]  # fmt: skip
@@ -283,7 +284,7 @@ def test_rewrite_saves_and_a_dry_run_does_not(tmp_path: Path, capsys: pytest.Cap
     model = registry.find("model", "net")()
     save(model, tmp_path / "before")
     one, two = "{name: cut_blocks, count: 1}", "{name: cut_blocks, count: 1, at: after}"
-    run("rewrite", "before", one, two, "--dry-run", "--data", "{name: rows, batch: 3}")
+    run("rewrite", "before", one, two, "--dry-run", "--data", "{name: rows, batch: 3}", "--out", "dry")
     printed = capsys.readouterr().out
     assert printed.count("keeps") == 2
     assert "kept:\n- 0\n- 1\n" in printed

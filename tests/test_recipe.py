@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.malformed_recipes import BASE, KEY, OPEN, WHOLE
 
@@ -220,6 +220,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @given(VALUES)
+@example({"\x85": "a\x85b\u2028c\n d\t\ufeff"})
 @settings(deadline=None, max_examples=300)
 def test_values_survive_yaml_exactly(value: Any) -> None:
     assert same(_yaml.read(_yaml.write(value), "x")[0], value)
