@@ -141,6 +141,26 @@ def test_cached_generation_is_full_recomputation(position: str, dropped: tuple[i
     assert len(cache.slots) == 3 - len(dropped)
 
 
+def test_cached_generation_when_whole_blocks_are_gone_or_strange() -> None:
+    class Around(nn.Module):
+        """A block of somebody else's, that says nothing about caches."""
+
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor, **context: Tensor) -> Tensor:
+            return self.block(x, **context)
+
+    model, prompt = make(), tokens(1, 4)
+    del model.blocks[0]
+    made = model.generate(prompt, 6, temperature=0)
+    assert model.caches
+    model.blocks[0] = Around(model.blocks[0])
+    assert not model.caches
+    assert torch.equal(model.generate(prompt, 6, temperature=0), made)
+
+
 def test_cached_generation_with_padding_on_the_left() -> None:
     model = make(depth=2)
     ids = tokens(1, 6)
