@@ -19,7 +19,7 @@ Bounds = tuple[float, float]
 T = TypeVar("T")
 
 # Elements worked on at a time on the CPU: small enough that what one pass wrote is still in the cache for the next.
-CACHE_ELEMENTS = 2**19
+CACHE_ELEMENTS = 2**20
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -142,7 +142,8 @@ class LayerwiseOptimizer(Optimizer):
         whole = self._scratch.get(key)
         if whole is None or whole.numel() < sum(sizes):
             whole = self._scratch[key] = torch.empty(sum(sizes), device=key[0], dtype=key[1])
-        return [b.view(t.shape) for b, t in zip(whole[: sum(sizes)].split(sizes), like, strict=True)]
+        parts = torch.split_with_sizes(whole[: sum(sizes)], sizes)
+        return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
 def trust_ratio(x_norm: Tensor, u_norm: Tensor, *, phi: Bounds | None = None, clip: bool = False) -> Tensor:
