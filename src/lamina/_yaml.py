@@ -94,10 +94,14 @@ def read(text: str, source: str) -> tuple[Any, dict[str, str]]:
         raise RecipeError(f"{source}:{line}: the character {chr(error.character)!r} is not allowed in YAML") from error
 
 
-def write(value: Any) -> str:
-    """Write plain values (and choices) as YAML that `read` turns back into the very same values."""
+def write(value: Any, *, flow: bool = False) -> str:
+    """Write plain values (and choices) as YAML that `read` turns back into the very same values.
+
+    Args:
+        flow: on one line, `{a: [1, 2]}`.
+    """
     return yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=10**6, allow_unicode=True
+        value, Dumper=_Dumper, sort_keys=False, default_flow_style=flow, width=10**6, allow_unicode=True
     ).removesuffix("...\n")
 
 

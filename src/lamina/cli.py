@@ -169,12 +169,12 @@ def _node(text: str, what: str) -> Any:
 
 
 def _calibration(data: Any, count: int = 8) -> list[Mapping[str, Any]]:
-    """Return the first batches of a data set's training part: what passes look at."""
+    """Return some batches of a data set's training part: what passes look at."""
     from itertools import islice
 
-    from lamina.data.loader import one_pass
+    from lamina.data.loader import Loader
 
-    return list(islice(one_pass(data.train, data.batch), count))
+    return list(islice(Loader(data.train, data.batch), count))
 
 
 def _show_decision(text: str, decision: Any) -> None:
@@ -218,8 +218,8 @@ def _grow(tree: Any, key: str, value: Any) -> None:
         for i, content in enumerate(value):
             _grow(branch, f"[{i}]", content)
     else:
-        # A list holds the value so that it is written on one line, without YAML's end mark.
-        tree.add(Text(f"{key}: {write([value])[2:].strip()}"))
+        # Inside a list, and that taken off again, because YAML ends a lone scalar with a mark.
+        tree.add(Text(f"{key}: {write([value], flow=True).strip()[1:-1]}"))
 
 
 def _estimates(recipe: Recipe) -> list[str]:
