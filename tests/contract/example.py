@@ -31,6 +31,8 @@ class Example:
     files: Mapping[str, bytes] = field(default_factory=dict)
     bad: Mapping[str, Any] = field(default_factory=dict)
     """One option with a value that must be refused when the part is built (or, a pass: when it decides)."""
+    size_of: str = ""
+    """Another registered name of which this is only a size: then built and run on the meta device, and that is all."""
     no_compile: str = ""
     """Why torch.compile(fullgraph=True) cannot take it; empty = it must."""
     no_autocast: str = ""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lamina import io
 from lamina.batches import call
 
-MODULES = of("norm", "layer", "mixer", "field", "model")
+ALL = of("norm", "layer", "mixer", "field", "model")
+MODULES = [e for e in ALL if not e.size_of]
 REPRESENTATIVE = {"layer_norm", "attention", "feed_forward", "transformer"}
 
 
@@ -158,7 +159,7 @@ def test_killed_and_resumed_equals_never_killed(example):
     assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
-@pytest.mark.parametrize("example", of("model"), ids=label)
+@pytest.mark.parametrize("example", [e for e in MODULES if e.kind == "model"], ids=label)
 def test_a_model_is_saved_and_loaded_bit_for_bit(example, tmp_path):
     model, run = seeded(example).eval(), feed(example)
     io.save(model, tmp_path / "saved")
@@ -166,7 +167,7 @@ def test_a_model_is_saved_and_loaded_bit_for_bit(example, tmp_path):
     same(run(model), run(io.load(tmp_path / "saved")))
 
 
-@pytest.mark.parametrize("example", of("model"), ids=label)
+@pytest.mark.parametrize("example", [e for e in MODULES if e.kind == "model"], ids=label)
 def test_a_model_is_built_on_the_meta_device_without_memory(example):
     with torch.device("meta"):
         model = make(example)
@@ -190,6 +191,16 @@ def test_torch_export_takes_it(example):
     found, expected = exported.module()(*positional, **named), module(*positional, **named)
     for a, b in zip(tensors(expected), tensors(found), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("example", [e for e in ALL if e.size_of], ids=label)
+def test_a_size_of_another_part_is_built_and_run_without_memory(example):
+    assert example.size_of in {e.name for e in MODULES if e.kind == example.kind}
+    with torch.device("meta"):
+        model = make(example)
+        outputs = call(model, {k: v.to("meta") for k, v in example.batch().items()})
+    assert all(t.is_meta for t in tensors(outputs))
+    assert len(tensors(outputs)) > 0
 
 
 def test_the_representatives_are_still_there():

@@ -74,6 +74,7 @@ class Attention(nn.Module):
         kv_heads: heads of keys and values, shared by groups of query heads; None = heads.
         head_width: channels of one head; None = width // heads. heads * head_width need not be width.
         bias: give the four projections a bias.
+        output_bias: give the output projection one; None = as bias says.
         causal: a token sees itself and earlier tokens only.
         rotary: turn queries and keys by their position (halves paired, as in Llama).
         rotary_base: the slowest wave length is 2 pi times this, in tokens.
@@ -97,6 +98,7 @@ class Attention(nn.Module):
         kv_heads: int | None = None,
         head_width: int | None = None,
         bias: bool = False,
+        output_bias: bool | None = None,
         causal: bool = False,
         rotary: bool = False,
         rotary_base: float = 10000.0,
@@ -119,7 +121,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(width, self.heads * self.head_width, bias=bias)
         self.key = nn.Linear(width, self.kv_heads * self.head_width, bias=bias)
         self.value = nn.Linear(width, self.kv_heads * self.head_width, bias=bias)
-        self.out = nn.Linear(self.heads * self.head_width, width, bias=bias)
+        self.out = nn.Linear(self.heads * self.head_width, width, bias=bias if output_bias is None else output_bias)
 
     def forward(
         self,

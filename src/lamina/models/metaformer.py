@@ -1,0 +1,350 @@
+"""MetaFormer: a four-stage vision backbone with a slot for the token mixer, and PoolFormer's sizes.
+
+Source: Yu et al., MetaFormer Is Actually What You Need for Vision (2022), arXiv 2111.11418.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamina.errors import RecipeError, ShapeError
+from lamina.nn.layout import SequenceAsGrid, layout_of
+from lamina.recipe import Node, factory
+from lamina.registry import Slot, register
+
+SOURCE = "Yu et al. 2022, arXiv 2111.11418"
+NORM = "channel_layer_norm"
+"""The paper's modified layer norm: statistics over channels and positions of one image."""
+
+ATTENTION: Node = {"name": "attention", "head_width": 32, "output_bias": True}
+
+
+class DropPath(nn.Module):
+    """Leave a residual branch out for whole rows of the batch, in training; the rest is scaled up to the same mean.
+
+    Args:
+        rate: share of rows, 0..1 (1 excluded).
+    Source: Huang et al., Deep Networks with Stochastic Depth (2016), arXiv 1603.09382.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise RecipeError(f"drop_path must be at least 0 and below 1, got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero whole rows of (B, ...)."""
+        if not self.training or self.rate == 0.0:
+            return x
+        kept = torch.rand(x.shape[:1], device=x.device) >= self.rate
+        return x * (kept.to(x.dtype) / (1.0 - self.rate)).view(-1, *[1] * (x.dim() - 1))
+
+    def extra_repr(self) -> str:
+        """Show the rate."""
+        return f"rate={self.rate}"
+
+
+class LayerScale(nn.Module):
+    """Multiply each channel of (B, C, H, W) by a learned factor that starts small."""
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale (B, C, H, W)."""
+        return x * self.scale[:, None, None]
+
+
+class ChannelFeedForward(nn.Module):
+    """Two 1x1 convolutions with a GELU between: the same network at every position. (B, C, H, W) -> same."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(width, hidden, 1)
+        self.activation = nn.GELU()
+        self.down = nn.Conv2d(hidden, width, 1)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.up, self.down):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply at every position."""
+        return self.dropout(self.down(self.dropout(self.activation(self.up(x)))))
+
+
+class MetaFormerBlock(nn.Module):
+    """x + s1 * mixer(norm1 x), then x + s2 * feed_forward(norm2 x); (B, C, H, W) -> same.
+
+    Args:
+        mixer: a grid mixer already built; a sequence mixer runs on the cells row by row.
+        mlp_ratio: hidden channels of the feed-forward per channel.
+        norm: built as norm(width).
+        layer_scale: where the learned factors s start; None = no factors.
+        drop_path: share of rows that skip each branch, in training.
+        mlp: False leaves the second branch out; residual: False leaves out both additions (ablations).
+    Source: equations 2 and 3.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mixer: nn.Module,
+        *,
+        mlp_ratio: float = 4.0,
+        norm: Node = NORM,
+        layer_scale: float | None = 1e-5,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        mlp: bool = True,
+        residual: bool = True,
+    ) -> None:
+        super().__init__()
+        make_norm = factory("norm", norm)
+        self.residual = residual
+        self.norm1: nn.Module = make_norm(width)
+        self.mixer = mixer if layout_of(mixer) == "grid" else SequenceAsGrid(mixer)
+        self.scale1 = _scale(width, layer_scale)
+        self.norm2: nn.Module | None = make_norm(width) if mlp else None
+        self.feed_forward = ChannelFeedForward(width, int(mlp_ratio * width), dropout) if mlp else None
+        self.scale2 = _scale(width, layer_scale) if mlp else None
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run both branches."""
+        mixed = self.scale1(self.mixer(self.norm1(x)))
+        x = x + self.drop_path(mixed) if self.residual else mixed
+        if self.feed_forward is None or self.norm2 is None or self.scale2 is None:
+            return x
+        fed = self.scale2(self.feed_forward(self.norm2(x)))
+        return x + self.drop_path(fed) if self.residual else fed
+
+
+@register("model", "metaformer", source=SOURCE)
+class MetaFormer(nn.Module):
+    """Stages of MetaFormer blocks with any token mixer in their slot; each stage but the first shrinks the image.
+
+    pixel_values (B, in_channels, H, W) -> logits (B, classes), the last stage's features (B, C) where classes is 0,
+    or the list of all stages' maps with `features_only` (each through a norm of its own). Any H and W that leave a
+    pixel to the last stage, unless a mixer or position embedding is bound to one size.
+
+    Args:
+        depths: blocks per stage.
+        widths: channels per stage.
+        mixers: a mixer, or one per stage; built as mixer(width=, grid=, heads=width // 32) as far as it names them.
+        norm: built as norm(width); "channel_layer_norm" (the paper's) or "channel_norm_2d" (its hybrids).
+        layer_scale: start of the learned factor of each branch; None = none.
+        drop_path: of the last block; grows linearly from 0 at the first, over all stages.
+        patch: (kernel, stride, padding) of the first convolution. downsample: the same between stages.
+        image: (H, W) or side of the images, for mixers and positions that are bound to a size; None = any size.
+        positions: whether a stage adds a learned position embedding at its entry; one value or one per stage.
+        mlp, residual: False for the ablations "mixer only".
+    Raises:
+        RecipeError: lists of other lengths than depths, or a bound mixer without `image`.
+        ShapeError: images too small for the last stage, or of another size than a bound part was built for.
+    Example:
+        >>> MetaFormer((1, 1), (8, 16), classes=5)(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        widths: Sequence[int] = (64, 128, 320, 512),
+        *,
+        mixers: Annotated[Node | Sequence[Node], Slot("mixer")] = "pooling_mixer",
+        norm: Annotated[Node, Slot("norm")] = NORM,
+        classes: int = 1000,
+        channels: int = 3,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = 1e-5,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        patch: tuple[int, int, int] = (7, 4, 2),
+        downsample: tuple[int, int, int] = (3, 2, 1),
+        image: int | tuple[int, int] | None = None,
+        positions: bool | Sequence[bool] = False,
+        mlp: bool = True,
+        residual: bool = True,
+        features_only: bool = False,
+    ) -> None:
+        super().__init__()
+        each: list[Any] = list(mixers) if isinstance(mixers, (list, tuple)) else [mixers] * len(depths)
+        places = list(positions) if isinstance(positions, (list, tuple)) else [bool(positions)] * len(depths)
+        _check(depths, widths=widths, mixers=each, positions=places)
+        grids = stage_grids(image, len(depths), patch, downsample)
+        rates = _rates(drop_path, sum(depths))
+        self.channels, self.image, self.features_only = channels, image, features_only
+        self.embeds = nn.ModuleList()
+        self.positions = nn.ParameterList()
+        self.stages = nn.ModuleList()
+        for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+            kernel, stride, padding = patch if i == 0 else downsample
+            self.embeds.append(nn.Conv2d(channels if i == 0 else widths[i - 1], width, kernel, stride, padding))
+            make = factory("mixer", each[i])
+            self.positions.append(_positions(width, grids[i]) if places[i] else torch.empty(0))
+            given = {"width": width, "heads": max(width // 32, 1), **({"grid": grids[i]} if grids[i] else {})}
+            options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "norm": norm, "layer_scale": layer_scale}
+            options |= {"dropout": dropout, "mlp": mlp, "residual": residual}
+            blocks = [MetaFormerBlock(width, make(**given), drop_path=next(rates), **options) for _ in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
+        make_norm = factory("norm", norm)
+        self.norms = nn.ModuleList(make_norm(w) for w in (widths if features_only else widths[-1:]))
+        self.head: nn.Module = nn.Identity() if features_only or not classes else _head(widths[-1], classes)
+
+    def forward(self, pixel_values: Tensor) -> Tensor | list[Tensor]:
+        """Return logits, features, or the maps of all stages."""
+        self._check_images(pixel_values)
+        x, maps = pixel_values, []
+        for embed, position, stage in zip(self.embeds, self.positions, self.stages, strict=True):
+            x = embed(x)
+            if position.numel():
+                if position.shape[1:] != x.shape[1:]:
+                    raise ShapeError(
+                        f"the position embedding is for {tuple(position.shape[2:])} cells, the image has "
+                        f"{tuple(x.shape[2:])}; call resize_positions(image) for another size"
+                    )
+                x = x + position
+            x = stage(x)
+            maps.append(x)
+        if self.features_only:
+            return [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
+        pooled: Tensor = self.head(self.norms[0](x).mean((2, 3)))
+        return pooled
+
+    def resize_positions(self, image: int | tuple[int, int]) -> None:
+        """Resize the position embeddings to another image size, bicubically, in place (new Parameter objects)."""
+        steps = [(int(e.kernel_size[0]), int(e.stride[0]), int(e.padding[0])) for e in self.embeds]  # type: ignore[index]
+        grids = stage_grids(image, len(steps), steps[0], steps[-1])
+        for i, (position, grid) in enumerate(zip(self.positions, grids, strict=True)):
+            if position.numel() and grid is not None:
+                resized = F.interpolate(position.detach(), grid, mode="bicubic", align_corners=False)
+                self.positions[i] = nn.Parameter(resized)
+        self.image = image
+
+    def _check_images(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ShapeError(f"MetaFormer takes images (B, {self.channels}, H, W), got {tuple(x.shape)}")
+
+
+def stage_grids(
+    image: int | tuple[int, int] | None, stages: int, patch: tuple[int, int, int], downsample: tuple[int, int, int]
+) -> list[tuple[int, int] | None]:
+    """Return the (H, W) of every stage for an image size, by the arithmetic of convolutions; None = not known.
+
+    Raises:
+        ShapeError: nothing is left of the image at some stage.
+    """
+    if image is None:
+        return [None] * stages
+    height, width = (image, image) if isinstance(image, int) else image
+    grids: list[tuple[int, int] | None] = []
+    for stage in range(stages):
+        kernel, stride, padding = patch if stage == 0 else downsample
+        height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+        if height < 1 or width < 1:
+            raise ShapeError(f"an image of {image} leaves no pixel for stage {stage + 1} of {stages}")
+        grids.append((height, width))
+    return grids
+
+
+def load_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a state dict of timm's `poolformer_*` to this model's names; the tensors are the same objects."""
+    renamed = {}
+    for name, tensor in state.items():
+        new = name.replace("stem.conv.", "embeds.0.")
+        if new.startswith("stages."):
+            _, stage, rest = new.split(".", 2)
+            new = f"embeds.{stage}.{rest[16:]}" if rest.startswith("downsample.conv.") else f"stages.{stage}.{rest}"
+        for old, ours in TIMM_NAMES:
+            new = new.replace(old, ours)
+        renamed[new] = tensor
+    return renamed
+
+
+TIMM_NAMES = (
+    (".blocks.", "."),
+    (".layer_scale1.", ".scale1."),
+    (".layer_scale2.", ".scale2."),
+    (".mlp.fc1.", ".feed_forward.up."),
+    (".mlp.fc2.", ".feed_forward.down."),
+    ("head.norm.", "norms.0."),
+    ("head.fc.", "head."),
+)
+
+
+def _check(depths: Sequence[int], **lists: Sequence[Any]) -> None:
+    for name, values in lists.items():
+        if len(values) != len(depths):
+            raise RecipeError(f"{name} has {len(values)} entries for {len(depths)} stages (depths={list(depths)})")
+    if not depths or min(*depths, *lists["widths"]) < 1:
+        raise ShapeError(f"depths and widths must be at least 1, got {list(depths)} and {list(lists['widths'])}")
+
+
+def _rates(last: float, blocks: int) -> Any:
+    return iter([last * j / max(blocks - 1, 1) for j in range(blocks)])
+
+
+def _positions(width: int, grid: tuple[int, int] | None) -> nn.Parameter:
+    if grid is None:
+        raise RecipeError("positions are bound to a size: give `image`")
+    return nn.Parameter(torch.zeros(1, width, *grid))
+
+
+def _scale(width: int, start: float | None) -> nn.Module:
+    return nn.Identity() if start is None else LayerScale(width, start)
+
+
+def _head(width: int, classes: int) -> nn.Linear:
+    head = nn.Linear(width, classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+Sized = Callable[..., MetaFormer]
+
+
+def _size(name: str, depths: tuple[int, ...], widths: tuple[int, ...], layer_scale: float, **fixed: Any) -> Sized:
+    """Register a published size; its docstring says what is in it."""
+
+    def build(classes: int = 1000, *, drop_path: float = 0.0, features_only: bool = False) -> MetaFormer:
+        given: dict[str, Any] = {"layer_scale": layer_scale, **fixed}
+        return MetaFormer(depths, widths, classes=classes, drop_path=drop_path, features_only=features_only, **given)
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = __name__
+    mixers = fixed.get("mixers", "pooling_mixer")
+    kinds = mixers if isinstance(mixers, str) else "/".join(m if isinstance(m, str) else m["name"] for m in mixers)
+    build.__doc__ = f"MetaFormer with depths {depths}, widths {widths}, mixers {kinds}."
+    return register("model", name, source=f"{SOURCE}, table 1")(build)
+
+
+_SMALL, _MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
+poolformer_s12 = _size("poolformer_s12", (2, 2, 6, 2), _SMALL, 1e-5)
+poolformer_s24 = _size("poolformer_s24", (4, 4, 12, 4), _SMALL, 1e-5)
+poolformer_s36 = _size("poolformer_s36", (6, 6, 18, 6), _SMALL, 1e-6)
+poolformer_m36 = _size("poolformer_m36", (6, 6, 18, 6), _MEDIUM, 1e-6)
+poolformer_m48 = _size("poolformer_m48", (8, 8, 24, 8), _MEDIUM, 1e-6)
+
+
+def _hybrid(name: str, mixer: Node, stages: int, positions: bool) -> Sized:
+    """Register an S12 hybrid: the last `stages` stages have another mixer, at 224 x 224 pixels."""
+    pools = ["pooling_mixer"] * (4 - stages)
+    places = [False] * (4 - stages) + [positions] * stages
+    mixers = [*pools, *[mixer] * stages]
+    options = {"norm": "channel_norm_2d", "image": 224, "mixers": mixers, "positions": places}
+    return _size(name, (2, 2, 6, 2), _SMALL, 1e-5, **options)
+
+
+metaformer_pppa_s12 = _hybrid("metaformer_pppa_s12", ATTENTION, 1, True)
+metaformer_ppaa_s12 = _hybrid("metaformer_ppaa_s12", ATTENTION, 2, True)
+metaformer_pppf_s12 = _hybrid("metaformer_pppf_s12", "spatial_linear_mixer", 1, False)
+metaformer_ppff_s12 = _hybrid("metaformer_ppff_s12", "spatial_linear_mixer", 2, False)
