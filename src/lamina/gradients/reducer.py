@@ -207,5 +207,5 @@ def gather(flat: Tensor, group: Group) -> Tensor:
     if len(set(counts.tolist())) > 1:
         raise ShapeError(f"the workers' gradients differ in length: {counts.tolist()}")
     everyone = flat.new_empty((world, flat.numel()))
-    dist.all_gather_into_tensor(everyone, flat.contiguous(), group=group)
+    dist.all_gather_into_tensor(everyone.view(-1), flat.contiguous(), group=group)
     return everyone
