@@ -31,6 +31,8 @@ class LayerNorm:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        if self.width % 2:
+            raise ValueError(f"width must be even, got {self.width}")
         if self.eps <= 0:
             raise ValueError(f"eps must be positive, got {self.eps}")
 
@@ -47,6 +49,8 @@ class Net:
     ) -> None:
         self.width, self.depth, self.vocabulary = width, depth, vocabulary
         make_norm = factory("norm", norm)
+        if width > 100:
+            raise ValueError(f"width must be at most 100, got {width}")
         self.norms = [make_norm(width) for _ in range(depth)]
         self.fields = [factory("field", f)() for f in fields]
         self.drawn = random.random()
@@ -263,6 +267,7 @@ def test_the_spelled_out_recipe_is_complete_and_stable() -> None:
     assert full.gradients == {"name": "median", "trim": 0.0}
     assert full.parallel == {"data": 2, "shard": 1, "tensor": 1, "pipeline": 1, "sequence": 1}
     assert full.train == {"steps": 100, "precision": "fp32", "clip": None}
+    assert list(full.model) == ["name", "width", "depth", "norm", "fields"]
     assert check(full) == full
     assert check(load(dump(full))) == full
 
@@ -329,6 +334,10 @@ def test_a_seed_makes_the_weights_and_leaves_the_generator() -> None:
         (lambda: build({"name": "drop", "count": 0}, "pass", "rewrite[1]"), "rewrite[1].count: count must be at least 1, got 0"),
         (lambda: build("drop", "pass"), "rewrite: the pass 'drop' needs the option 'count', which the node does not set"),
         (lambda: build({"name": "net", "norm": {"name": "layer_norm", "eps": 0}}, "model"), "model.norm.eps: eps must be positive, got 0.0"),
+        (lambda: build({"name": "net", "width": 7, "norm": "layer_norm"}, "model"), "model.width: width must be even, got 7"),
+        (lambda: build("net", "model", width=7), "model.width: width must be even, got 7"),
+        (lambda: build("net", "model", width=102), "model.width: width must be at most 100, got 102"),
+        (lambda: factory("norm", "layer_norm")(7), "norm 'layer_norm': width must be even, got 7"),
         (lambda: build({"name": "rows", "files": "gone"}, "data"), "data.files: no files at 'gone'"),
         (lambda: build({"name": "net", "width": Choice("oneof", [1])}, "model"), "model.width: this choice is open, so the recipe is a search space: `lamina search` runs it"),
         (lambda: build(Choice("oneof", ["net"]), "model"), "model: this choice is open, so the recipe is a search space: `lamina search` runs it"),
@@ -361,11 +370,11 @@ def test_a_bug_in_a_part_stays_a_bug() -> None:
 
 def test_factory_builds_again_with_more_values() -> None:
     make = factory("norm", {"name": "layer_norm", "eps": 2})
-    assert make(3) == make(width=3, unknown=1) == LayerNorm(3, 2.0)
-    assert make(3) is not make(3)
+    assert make(6) == make(width=6, unknown=1) == LayerNorm(6, 2.0)
+    assert make(6) is not make(6)
     assert factory("norm", make) is make
-    assert copy.deepcopy(make)(3) == LayerNorm(3, 2.0)
-    assert factory("norm", LayerNorm)(3) == LayerNorm(3)
+    assert copy.deepcopy(make)(6) == LayerNorm(6, 2.0)
+    assert factory("norm", LayerNorm)(6) == LayerNorm(6)
     assert factory("norm", lambda width: width + 1)(3) == 4
     assert pickle.loads(pickle.dumps(factory("field", grid)))() == 4
 

@@ -146,7 +146,8 @@ def look_up(node: Any, kind: str, path: str, *, framed: bool = False, choices: b
     if framed:
         _spell_defaults(spelled, signature, OFFERED.get(kind, frozenset()), path)
     frame = {k: v for k, v in frame.items() if v is not None}
-    return Found(part, path, handed, {**spelled, **frame}, frame)
+    ordered = {k: spelled[k] for k in ("name", *signature.options) if k in spelled}
+    return Found(part, path, handed, {**ordered, **spelled, **frame}, frame)
 
 
 def spell(node: Any, kind: str, path: str, *, framed: bool = False, choices: bool = False) -> Any:
@@ -327,22 +328,35 @@ def _by_position(found: Found, arguments: dict[str, Any], values: tuple[Any, ...
     return ()
 
 
-def _refused(found: Found, error: Exception) -> Misfit:
-    """Word a constructor's own error, with the path of the option it speaks of."""
+class _Refused(Misfit):
+    """A constructor's own error; `owner` is the part's name, `words` what it said, for the part around it."""
+
+    def __init__(self, path: str, sentence: str, owner: str, words: str) -> None:
+        super().__init__(path, sentence)
+        self.owner, self.words = owner, words
+
+
+def _refused(found: Found, error: Exception) -> _Refused:
+    """Word a constructor's error, with the path of the option it speaks of."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    handed, below, inner = found.handed, "", ""
     if isinstance(error, Misfit):
         # A nested part refused: its path is relative to the slot that holds it.
-        owner = getattr(error, "owner", None)
+        words, inner = getattr(error, "words", error.sentence), error.path
         slots = (o.name for o in found.signature.options.values() if o.slot is not None)
-        below = next((s for s in slots if owner and _names(found.handed.get(s)) == owner), "")
-        path, sentence = ".".join(p for p in (found.path, below, error.path) if p), error.sentence
+        owner = getattr(error, "owner", None)
+        below = next((s for s in slots if owner is not None and _names(handed.get(s)) == owner), "")
+    if inner:
+        path = (found.path, below, inner)
     else:
-        sentence = " ".join(str(error).split()) or type(error).__name__
-        path = ".".join(p for p in (found.path, blamed(sentence, found.handed, found.signature.options)) if p)
-    if not found.path and not path:
-        sentence = f"{found.what}: {sentence}"
-    refused = Misfit(path, sentence)
-    refused.owner = found.part.name  # type: ignore[attr-defined]
-    return refused
+        # Where a nested node does not set what the sentence is about, the part around it does.
+        path = (
+            found.path,
+            blamed(words, handed) or below or (found.path and blamed(words, found.signature.options)),
+            "",
+        )
+    where = ".".join(p for p in path if p)
+    return _Refused(where, words if where else f"{found.what}: {words}", found.part.name, words)
 
 
 def _names(node: Any) -> str | None:

@@ -68,8 +68,10 @@ def check_command(recipe: Arguments = None, debug: Debug = False) -> None:
 
     console = Console(highlight=False)
     checked = check(_read(recipe or []))
+    # Estimated first: what cannot be built is refused before anything is printed.
+    lines = _estimates(checked)
     console.print(_tree(checked))
-    for line in _estimates(checked):
+    for line in lines:
         console.print(line, markup=False)
 
 
