@@ -5,6 +5,12 @@ replace     one kind of layer for another, weights carried where a map exists
 drop        remove attention, feed-forward or whole blocks by similarity
 """
 
+from lamina.rewrite.drop import DropAttention as DropAttention
+from lamina.rewrite.drop import DropBlock as DropBlock
+from lamina.rewrite.drop import DropDecision as DropDecision
+from lamina.rewrite.drop import DropMLP as DropMLP
+from lamina.rewrite.drop import DropSublayers as DropSublayers
+from lamina.rewrite.drop import import_official as import_official
 from lamina.rewrite.replace import Replace as Replace
 from lamina.rewrite.replace import ReplaceDecision as ReplaceDecision
 from lamina.rewrite.rewriting import Pass as Pass
