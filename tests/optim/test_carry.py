@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lamina.lineage import Lineage
+from lamina.optim import LAMB
 from lamina.optim.carry import carry
 from lamina.optim.groups import parameter_groups
 
@@ -216,3 +217,48 @@ def test_the_state_dict_goes_into_an_optimizer_made_on_the_rewritten_model(name:
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
                 assert torch.equal(value, again.state[parameter][key])
+
+
+def test_names_beside_the_parameters_follow() -> None:
+    model, adaptor = Net(), Parameter(torch.ones(3))
+    optimizer = LAMB(model.named_parameters(), lr=1e-2)
+    optimizer.add_param_group({"params": [("adaptor", adaptor)]})
+    train(model, optimizer, extra=adaptor)
+    before, lineage = names_of(model), Lineage()
+    halve(model, lineage)
+    model.norm = nn.Identity()  # type: ignore[assignment]
+    carry(optimizer, model, lineage, old_names=before)
+    assert optimizer.param_groups[0]["param_names"] == [n for n, _ in model.named_parameters()]
+    assert optimizer.param_groups[1]["param_names"] == ["adaptor"]
+    optimizer.record = True
+    train(model, optimizer, extra=adaptor)
+    assert optimizer.trust_ratios().keys() == {"first.weight", "first.bias", "last.weight", "last.bias", "adaptor"}
+
+
+def test_rows_that_stay_train_on_as_if_nothing_had_been_cut() -> None:
+    """Cut away a part that never had a gradient: ratio off, the rest must take the steps it would have taken."""
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return (rows - torch.arange(8.0).reshape(2, 4)).square().sum()
+
+    def train_rows(cut: bool) -> Tensor:
+        layer = nn.Linear(4, 5, bias=False)
+        layer.weight.data = torch.linspace(-1, 1, 20).reshape(5, 4)
+        model = nn.Sequential(layer)
+        optimizer = LAMB([{"params": list(model.parameters()), "adapt": False}], lr=0.1)
+        chosen = [4, 1]
+        for step in range(6):
+            if cut and step == 3:
+                before, lineage = names_of(model), Lineage()
+                small = nn.Linear(4, 2, bias=False)
+                small.weight.data = layer.weight.data[chosen].clone()
+                lineage.derive(small.weight, layer.weight, chosen)
+                model[0] = small
+                carry(optimizer, model, lineage, old_names=before)
+                chosen = [0, 1]
+            optimizer.zero_grad()
+            loss_of(model[0].weight[chosen]).backward()
+            optimizer.step()
+        return model[0].weight.detach()[chosen]
+
+    torch.testing.assert_close(train_rows(cut=True), train_rows(cut=False), rtol=1e-6, atol=1e-7)

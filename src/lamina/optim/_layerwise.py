@@ -106,6 +106,7 @@ class LayerwiseOptimizer(Optimizer):
             known[id(p)]: (row[0], row[1], row[2])
             for layers, values in self._recorded
             for p, row in zip(layers, values.tolist(), strict=True)
+            if id(p) in known  # A rewrite since then may have taken it out.
         }
 
     @property

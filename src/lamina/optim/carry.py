@@ -67,12 +67,13 @@ def carry(
         state = states.of(new)
         (fresh if state is None else derived).append(name)
         joining.append((held[id(sources[0])] if sources else role(name), new, state))
+    names = _given_names(optimizer) | {key: name for key, (name, _) in named.items()}
     dropped = _remove_gone(optimizer, named, old)
     for group, new, state in joining:
         optimizer.param_groups[group]["params"].append(new)
         if state:
             optimizer.state[new] = state
-    _sort(optimizer, list(named))
+    _sort(optimizer, list(named), names)
     return Carried(tuple(kept), tuple(derived), tuple(fresh), dropped)
 
 
@@ -152,8 +153,16 @@ def _remove_gone(optimizer: Optimizer, named: dict[int, tuple[str, Parameter]], 
     return tuple(dropped)
 
 
-def _sort(optimizer: Optimizer, order: list[int]) -> None:
+def _given_names(optimizer: Optimizer) -> dict[int, str]:
+    """Return the names an optimizer made from `named_parameters()` keeps beside its parameters."""
+    groups = optimizer.param_groups
+    return {id(p): n for g in groups for p, n in zip(g["params"], g.get("param_names", ()), strict=False)}
+
+
+def _sort(optimizer: Optimizer, order: list[int], names: dict[int, str]) -> None:
     """Order each group as the model names its parameters, others behind, so that every process agrees."""
     place = {key: i for i, key in enumerate(order)}
     for group in optimizer.param_groups:
         group["params"].sort(key=lambda p: place.get(id(p), len(place)))
+        if "param_names" in group:
+            group["param_names"] = [names[id(p)] for p in group["params"]]
