@@ -1,0 +1,48 @@
+"""Number formats of the forward pass, the scaling of fp16 losses, and the check that losses are numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from lamina.errors import LaminaError
+from lamina.train.options import Precision
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(LaminaError):
+    """Training cannot go on: the loss is no number, the disk is full, another process ended."""
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context under which the model and its objective run."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def loss_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """Return the scaler that keeps fp16 gradients from underflowing; it does nothing in other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def check_finite(losses: Sequence[float], first_step: int, checkpoint: str | None) -> None:
+    """Refuse to go on from a loss that is NaN or infinite.
+
+    Args:
+        losses: of consecutive steps.
+        first_step: number of the first of them (steps count from 1).
+        checkpoint: name of the last good checkpoint, None where there is none.
+    Raises:
+        TrainingError: names the step and the checkpoint.
+    """
+    for step, loss in enumerate(losses, first_step):
+        if not math.isfinite(loss):
+            back = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+            raise TrainingError(
+                f"the loss of step {step} is {loss}; {back}. Lower the learning rate, set clip, or use bf16 or fp32"
+            )

@@ -1,0 +1,164 @@
+"""The gradient of one step, whatever it is split into, and the loss of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from lamina.batches import Batch, to_device
+from lamina.errors import LaminaError
+from lamina.parallel.data_parallel import Placed
+from lamina.train.distributed import World
+from lamina.train.options import Precision
+from lamina.train.precision import autocast
+
+Losses = Mapping[str, Tensor]
+
+
+def gradients(
+    placed: Placed,
+    objective: Any,
+    batch: Batch,
+    *,
+    world: World,
+    parts: int = 1,
+    precision: Precision = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[Tensor, Tensor, Losses]:
+    """Add the gradient of one step to `.grad`: the mean over everything that counts, in all parts and processes.
+
+    DDP and FSDP2 average over processes, backward sums over micro-batches. So each loss (a mean over `count`) is
+    multiplied by count * processes / (count of all): padding then weighs nothing, however the batch is split.
+
+    Args:
+        batch: this process's rows.
+        parts: micro-batches.
+    Returns:
+        (sum of loss * count, sum of count) of this process in float64, and the last micro-batch's losses.
+    """
+    exact = torch.float32 if world.device.type == "mps" else torch.float64
+    weighted = counted = torch.zeros((), dtype=exact, device=world.device)
+    share: Tensor | None = None
+    losses: Losses = {}
+    for i, part in enumerate(split(batch, parts)):
+        with placed.syncing(i == parts - 1):
+            with autocast(precision, world.device):
+                losses = objective(placed.module, part)
+            loss, count = losses["loss"], losses["count"]
+            if parts > 1 or world.size > 1:
+                # The first count stands for all until the others are known: the scale of fp16 losses stays sane.
+                share = _share(count, world) if share is None else share
+                loss = loss * (count / share)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        weighted = weighted + losses["loss"].detach().to(exact) * count
+        counted = counted + count
+    if share is not None and parts > 1:
+        whole = world.total(counted.clone())
+        _multiply_gradients(placed, objective, share * world.size / torch.where(whole > 0, whole, 1.0))
+    placed.reduce()
+    _average_own_gradients(objective, world)
+    return weighted, counted, losses
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Cut a batch into `parts` along its rows; entries that are not one a row go along whole.
+
+    Raises:
+        LaminaError: fewer rows than parts.
+    """
+    if parts == 1:
+        yield batch
+        return
+    rows = rows_of(batch)
+    if rows < parts:
+        raise LaminaError(f"accumulate is {parts}, but a process has only {rows} rows of a batch: take a larger batch")
+    cut = {
+        k: v.tensor_split(parts) for k, v in batch.items() if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows
+    }
+    for i in range(parts):
+        yield {k: cut[k][i] if k in cut else v for k, v in batch.items()}
+
+
+def rows_of(batch: Batch) -> int:
+    """Return the number of rows: the length of the first tensor."""
+    return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 0)
+
+
+def size_of(batch: Batch) -> tuple[int, str]:
+    """Return what a throughput counts, and its unit: tokens where there are token ids, else rows."""
+    ids = batch.get("input_ids")
+    return (ids.numel(), "tokens") if isinstance(ids, Tensor) else (rows_of(batch), "rows")
+
+
+@torch.no_grad()
+def evaluate(
+    placed: Placed, objective: Any, batches: Iterable[Batch], *, world: World, precision: Precision = "fp32"
+) -> float:
+    """Return the mean loss over all batches of all processes, weighted by count; the model's mode is kept.
+
+    Processes may have unequally many batches.
+    """
+    # Neither DDP nor torch.compile has a part in it, so the processes need not walk in step, unless they are sharded.
+    model = placed.bare
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
+    for batch, real in _in_step(batches, world) if placed.sharded else ((b, True) for b in batches):
+        with autocast(precision, world.device):
+            losses = objective(model, to_device(batch, world.device))
+        if real:
+            total += torch.stack([losses["loss"].double() * losses["count"], losses["count"].double()])
+    model.train(was_training)
+    weighted, count = world.total(total).tolist()
+    if not count:
+        raise LaminaError("the evaluation counted nothing: every target is padding, or there is no batch")
+    return float(weighted / count)
+
+
+def _in_step(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+    """Go on until the last process is done: the others repeat a batch that does not count."""
+    last: Batch | None = None
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        left = world.total(torch.tensor([batch is not None], dtype=torch.int64, device=world.device))
+        if not int(left):
+            return
+        last = batch if batch is not None else last
+        if last is None:
+            raise LaminaError(
+                f"process {world.rank} has no row to evaluate: the set is smaller than the number of processes"
+            )
+        yield last, batch is not None
+
+
+def _share(count: Tensor, world: World) -> Tensor:
+    """Mean count of a process; 1 where nothing counts."""
+    whole = world.total(count.detach().clone())
+    return torch.where(whole > 0, whole / world.size, torch.ones_like(whole))
+
+
+def _multiply_gradients(placed: Placed, objective: Any, factor: Tensor) -> None:
+    for parameter in (*placed.bare.parameters(), *own_parameters(objective)):
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+
+
+def _average_own_gradients(objective: Any, world: World) -> None:
+    """An objective's own parameters are outside DDP and FSDP2."""
+    if world.size == 1:
+        return
+    for parameter in own_parameters(objective):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad.div_(world.size))
+
+
+def own_parameters(objective: Any) -> list[Parameter]:
+    """List the parameters that an objective trains along."""
+    return [p for p in objective.parameters() if p.requires_grad]
