@@ -292,6 +292,31 @@ def make(name: str) -> nn.Module:
             vocab_size=32,
             decoder_start_token_id=0,
         ),
+        "bart": lambda: hf(
+            "BartForConditionalGeneration",
+            "BartConfig",
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=3,
+            vocab_size=32,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=32,
+            pad_token_id=1,
+            bos_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+        ),
+        "falcon": lambda: hf("FalconForCausalLM", "FalconConfig", **SIZES, new_decoder_architecture=False),
+        "mixtral": lambda: hf("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4),
+        "olmo2": lambda: hf("Olmo2ForCausalLM", "Olmo2Config", **GROUPED),
+        "bloom": lambda: hf(
+            "BloomForCausalLM", "BloomConfig", hidden_size=16, n_layer=2, n_head=4, vocab_size=32, pad_token_id=0
+        ),
+        "bert_decoder": lambda: hf("BertLMHeadModel", "BertConfig", **SIZES, is_decoder=True, add_cross_attention=True),
+        "modernbert": lambda: hf("ModernBertModel", "ModernBertConfig", **SIZES, cls_token_id=1, sep_token_id=1),
         "llava": lambda: llava("LlavaForConditionalGeneration", "LlavaConfig"),
         "encoder": lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(16, 4, 48, batch_first=True), 2, enable_nested_tensor=False
@@ -315,6 +340,7 @@ def batch(name: str) -> dict[str, Tensor]:
         "vit": {"pixel_values": noise(2, 3, 8, 8)},
         "swin": {"pixel_values": noise(2, 3, 16, 16)},
         "resnet": {"inputs": noise(2, 3, 8, 8)},
+        "bart": {"input_ids": TokenIds, "decoder_input_ids": TokenIds},
         "t5": {"input_ids": TokenIds, "decoder_input_ids": TokenIds},
         "encoder": {"src": noise(2, 5, 16)},
         "decoder": {"tgt": noise(2, 5, 16), "memory": noise(2, 4, 16)},
@@ -467,6 +493,61 @@ TABLE: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
         ("layer2", 2, ("branch | conv1 conv2 | bn1 bn2 | sandwich |",)),
     ],
 }
+TABLE["bart"] = [
+    ("model.encoder.layers", 2, TABLE["opt"][0][2]),
+    (
+        "model.decoder.layers",
+        3,
+        (
+            TABLE["opt"][0][2][0],
+            "cross_attention | encoder_attn | encoder_attn_layer_norm | pre | T",
+            TABLE["opt"][0][2][1],
+        ),
+    ),
+]
+TABLE["bart"] = [(p, n, tuple(s.replace("pre", "post") for s in subs)) for p, n, subs in TABLE["bart"]]
+TABLE["falcon"] = [
+    (
+        "transformer.h",
+        2,
+        (
+            "attention | self_attention | input_layernorm | pre | T",
+            "mlp | mlp | input_layernorm | pre |",
+        ),
+    )
+]
+TABLE["mixtral"] = TABLE["llama"]
+TABLE["olmo2"] = [
+    (
+        "model.layers",
+        2,
+        (
+            "attention | self_attn | post_attention_layernorm | sandwich | T",
+            "mlp | mlp | post_feedforward_layernorm | sandwich |",
+        ),
+    )
+]
+TABLE["bloom"] = [
+    (
+        "transformer.h",
+        2,
+        (
+            "attention | self_attention | input_layernorm | pre | TR",
+            "mlp | mlp | post_attention_layernorm | pre | R",
+        ),
+    )
+]
+TABLE["bert_decoder"] = [
+    (
+        "bert.encoder.layer",
+        2,
+        (
+            TABLE["bert"][0][2][0],
+            "cross_attention | crossattention | crossattention.output.LayerNorm | post | TR",
+            TABLE["bert"][0][2][1],
+        ),
+    )
+]
 TABLE["gpt_neox_serial"] = TABLE["gpt_neox"]
 TABLE["opt_post"] = [(p, n, tuple(s.replace("pre", "post") for s in subs)) for p, n, subs in TABLE["opt"]]
 TABLE["roberta"] = [("encoder.layer", 2, TABLE["bert"][0][2])]
@@ -497,6 +578,12 @@ ENDS: dict[str, tuple[str, str | None, str | None]] = {
     ),
     "vit": ("vit.embeddings.patch_embeddings.projection", "vit.layernorm", "classifier"),
     "swin": ("swin.embeddings.patch_embeddings.projection", "swin.layernorm", "classifier"),
+    "bart": (
+        "model.shared model.encoder.embed_tokens model.encoder.embed_positions model.decoder.embed_tokens "
+        "model.decoder.embed_positions",
+        None,
+        "lm_head",
+    ),
     "t5": ("shared encoder.embed_tokens decoder.embed_tokens", "decoder.final_layer_norm", "lm_head"),
     "llava": (
         "model.vision_tower.embeddings.patch_embedding model.vision_tower.embeddings.position_embedding "
@@ -510,7 +597,22 @@ ENDS: dict[str, tuple[str, str | None, str | None]] = {
     "flat": ("0", None, "3"),
     "resnet": ("conv1", None, "fc"),
 }
-CAUSAL = {"llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "gpt_neox_serial", "opt", "opt_post"}
+CAUSAL = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox_serial",
+    "opt",
+    "opt_post",
+    "falcon",
+    "mixtral",
+    "olmo2",
+    "bloom",
+    "bert_decoder",
+}
 
 
 def spell(block: str, s: Sublayer) -> str:
@@ -529,7 +631,7 @@ def check(found: Anatomy, name: str) -> None:
         assert len(trunk.blocks) == count
         for block in trunk.blocks:
             assert [spell(block.path, s) for s in block.sublayers] == list(want), block.path
-            assert block.parallel == (name in ("gpt_neox", "parallel"))
+            assert block.parallel == (name in ("gpt_neox", "parallel", "falcon"))
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))
@@ -559,7 +661,9 @@ def test_ends_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(TABLE))
 def test_causal_and_repeats(name: str) -> None:
     trunks = dissect(model(name)).trunks
-    causal = {"t5": [False, True], "llava": [False, True]}.get(name, [name in CAUSAL] * len(trunks))
+    causal = {"t5": [False, True], "bart": [False, True], "llava": [False, True]}.get(
+        name, [name in CAUSAL] * len(trunks)
+    )
     assert [t.causal for t in trunks] == causal
     assert [t.repeats for t in trunks] == [{"albert": 3, "shared": 4}.get(name, 1)] * len(trunks)
 
@@ -574,6 +678,14 @@ def test_dissecting_leaves_nothing_behind(name: str) -> None:
     for m in fresh.modules():
         assert not m._forward_hooks
         assert not any(isinstance(v, fx.Proxy) for v in vars(m).values())
+
+
+def test_a_missing_first_norm_is_no_post_norm() -> None:
+    # ModernBERT's first block has no norm before its attention: the next norm must not be taken for one behind it.
+    found = dissect(model("modernbert"))
+    assert [s.place for s in found.trunk().blocks[0].sublayers] == ["none", "pre"]
+    assert [s.place for s in found.trunk().blocks[1].sublayers] == ["pre", "pre"]
+    assert dissect(model("modernbert"), batch("modernbert")) == found
 
 
 def test_values_overrule_a_wrong_static_reading() -> None:

@@ -110,7 +110,7 @@ def _has_residual(path: str, block: nn.Module, inner: list[Stack]) -> bool:
 
 
 def embeddings(model: nn.Module, stacks: list[Stack]) -> tuple[str, ...]:
-    """List lookup tables outside all trunks, and the convolutions before the first one (patches)."""
+    """List lookup tables outside all trunks, and the convolutions before the first one or named so (patches)."""
     found: list[str] = []
     before = True
     for path, module in model.named_modules():
@@ -118,7 +118,7 @@ def embeddings(model: nn.Module, stacks: list[Stack]) -> tuple[str, ...]:
             before = before and not is_inside(path, stacks[0].blocks[0])
             continue
         table = isinstance(module, nn.Embedding)
-        if table or (before and channels(module) is not None and not any(True for _ in module.children())):
+        if table or (channels(module) is not None and (before or "embed" in path)):
             found.append(path)
     return tuple(found)
 
@@ -133,7 +133,11 @@ def final_norm(model: nn.Module, last: Stack, stacks: list[Stack], width: int | 
         if _covers(stacks, path) or not is_norm(module) or not path:
             continue
         sizes = {p.shape[0] for p in module.parameters() if p.dim() == 1}
-        if is_inside(last.path, path.rpartition(".")[0]) and (width is None or not sizes or width in sizes):
+        if (
+            is_inside(last.path, path.rpartition(".")[0])
+            and "embed" not in path
+            and (width is None or not sizes or width in sizes)
+        ):
             (after if passed else before).append(path)
     return after[0] if after else before[-1] if before else None
 

@@ -84,6 +84,12 @@ def attention_cores(model: nn.Module, block: str) -> list[nn.Module]:
     return [m for m in get(model, block).modules() if isinstance(getattr(m, "layer_idx", None), int)]
 
 
+def nearest_config(model: nn.Module, path: str) -> Any:
+    """Return the Hugging Face config of the innermost module above `path` that has one, or None."""
+    found = _configs(model, path)
+    return found[-1][0] if found else None
+
+
 def _places(model: nn.Module, module: nn.Module) -> list[tuple[str, nn.Module, str]]:
     return [
         (path, parent, name)

@@ -47,6 +47,12 @@ class Branch:
     hidden: bool = False
     """True where the addition happens inside an opaque unit."""
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Everything that belongs to the branch, norms included."""
+        s = self.strand
+        return (*s.units, *s.before, *s.inner, *s.after, *self.closing)
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -269,7 +275,11 @@ class _Reader:
     def _close_hidden(self, short: Strand, long: Strand, scope: str) -> _Value:
         self._close((short,), "", hidden=True)
         rest = long.units[len(short.units) :]
-        return self._close((Strand(rest, short.after, long.inner, long.after, base=self.sums),), scope)
+        start = self.called.index(rest[0])
+        fresh = [n for n in long.inner if n not in short.inner]
+        before = tuple(n for n in fresh if self.called.index(n) < start)
+        inner = tuple(n for n in fresh if n not in before)
+        return self._close((Strand(rest, before, inner, long.after, base=self.sums),), scope)
 
     def _close(self, strands: tuple[Strand, ...], scope: str, *, hidden: bool = False) -> _Value:
         self.sums += 1

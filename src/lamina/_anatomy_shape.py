@@ -13,7 +13,7 @@ from lamina._anatomy_tree import attentions, is_attention, projections
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _KV_HEADS = ("num_key_value_heads", "kv_heads", "n_kv_heads", "num_kv_heads")
 _HEAD_WIDTH = ("head_dim", "head_width", "attention_head_size", "key_value_proj_dim", "head_size", "d_kv", "dim_head")
-_VOCABULARY = ("vocab_size", "vocabulary")
+FEED_FORWARD = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "feed_forward")
 _CONTEXT = ("max_position_embeddings", "n_positions", "context", "n_ctx", "max_seq_len", "block_size")
 _QUERY = re.compile(r"^(to_|w)?q(uery)?(_|$)|^q(uery)?_", re.IGNORECASE)
 _KEY = re.compile(r"^(to_|w)?k(ey)?(_|$)|^k(ey)?_", re.IGNORECASE)
@@ -31,7 +31,7 @@ def first_number(sources: Iterable[Any], names: tuple[str, ...]) -> int | None:
     for source in sources:
         for name in names:
             value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None
 

@@ -7,8 +7,7 @@ sizes; `swap` is the one way a pass replaces a submodule.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from torch import nn
 
@@ -17,124 +16,24 @@ from lamina._anatomy_check import Call, measured_norms, measured_repeats, trace
 from lamina._anatomy_edit import attention_cores as attention_cores
 from lamina._anatomy_edit import get as get
 from lamina._anatomy_edit import keep_blocks as keep_blocks
+from lamina._anatomy_edit import nearest_config
 from lamina._anatomy_edit import swap as swap
-from lamina._anatomy_flow import Branch, Flow, follow, outermost
-from lamina._anatomy_shape import config_of, context_of, head_sizes, vocabulary_of
-from lamina._anatomy_tree import (
-    attentions,
-    channels,
-    hint,
-    is_attention,
-    is_head_norm,
-    is_inside,
-    is_norm,
-    join,
-    projections,
-    reads_like_attention,
-    widths,
-)
+from lamina._anatomy_read import flow_of, read_block
+from lamina._anatomy_shape import FEED_FORWARD, config_of, context_of, first_number, head_sizes, vocabulary_of
+from lamina._anatomy_tree import channels, is_norm, join, widths
+from lamina._anatomy_types import Anatomy as Anatomy
+from lamina._anatomy_types import Block as Block
+from lamina._anatomy_types import NormPlace as NormPlace
+from lamina._anatomy_types import Shape as Shape
+from lamina._anatomy_types import Sublayer as Sublayer
+from lamina._anatomy_types import Trunk as Trunk
 from lamina.batches import Batch, bare
-from lamina.errors import AnatomyError, nearest
 
-NormPlace = Literal["pre", "post", "sandwich", "none"]
-"""Where a sublayer's norm sits: x + F(norm x) | norm(x + F x) | x + norm(F(norm x)) | no norm found."""
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """One residual branch of a block."""
-
-    kind: Literal["attention", "cross_attention", "mlp", "branch"]
-    """`branch` is a residual branch of another sort (a convolution, a mixer)."""
-    path: str
-    """Dotted path, from the model, of the module that computes the branch (of the first one, where there are two)."""
-    parts: tuple[str, ...]
-    """Paths of every module of the branch without its norms; BERT's feed-forward is a pair."""
-    norms: tuple[str, ...]
-    """Paths of the norm modules that belong to the branch, in the order they run; may lie inside a part."""
-    place: NormPlace
-    returns: Literal["tensor", "tuple"]
-    """What the module at `path` returns: the branch's output itself, or a tuple that begins with it."""
-    residual_inside: bool
-    """True where the last part adds the residual (and, post-norm, normalises) itself, as BERT's do."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """One repeated unit of a trunk."""
-
-    path: str
-    sublayers: tuple[Sublayer, ...]
-    """In the order they run (parallel branches: attention first)."""
-    parallel: bool = False
-    """True where attention and feed-forward read the same input (GPT-NeoX, GPT-J)."""
-
-    def find(self, kind: str) -> Sublayer | None:
-        """Return the block's sublayer of that kind, or None."""
-        return next((s for s in self.sublayers if s.kind == kind), None)
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """A stack of blocks that run one after the other on a residual stream."""
-
-    path: str
-    """Path of the ModuleList (or of the shared block)."""
-    blocks: tuple[Block, ...]
-    repeats: int = 1
-    """How often the whole stack runs with the same weights (ALBERT: 12 with one block)."""
-    causal: bool = False
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks that run in one forward pass."""
-        return len(self.blocks) * self.repeats
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where everything is in one model; all paths are `named_modules` names."""
-
-    model: str
-    """Class name, for messages."""
-    trunks: tuple[Trunk, ...]
-    embeddings: tuple[str, ...]
-    """Modules that feed the first trunk (token, position, patch embeddings)."""
-    final_norm: str | None
-    head: str | None
-    """The output projection after the last trunk."""
-
-    def trunk(self, path: str | None = None) -> Trunk:
-        """Return the only trunk, or the one at `path`.
-
-        Raises:
-            AnatomyError: several trunks and no path given, or no trunk at that path.
-        """
-        paths = [t.path for t in self.trunks]
-        if path is None:
-            if len(self.trunks) == 1:
-                return self.trunks[0]
-            raise AnatomyError(f"{self.model} has several trunks: name one of {', '.join(paths)}")
-        if path not in paths:
-            raise AnatomyError(
-                f"{self.model} has no trunk at {path!r}{nearest(path, paths)} (trunks: {', '.join(paths)})"
-            )
-        return self.trunks[paths.index(path)]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that planning and reports need; None = not found."""
-
-    parameters: int
-    depth: int | None
-    width: int | None
-    heads: int | None
-    kv_heads: int | None
-    head_width: int | None
-    feed_forward: int | None
-    vocabulary: int | None
-    context: int | None
+_CAUSAL_TYPES = frozenset(
+    ("bloom", "clip_text_model", "codegen", "ctrl", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama")
+    + ("mistral", "mixtral", "mpt", "openai-gpt", "opt", "xglm")
+)
+"""Hugging Face models whose masks are causal, whatever (if anything) their attention modules say about it."""
 
 
 def dissect(model: nn.Module, batch: Batch | None = None, *, blocks: str | None = None) -> Anatomy:
@@ -181,6 +80,10 @@ def describe(model: nn.Module) -> Shape:
     heads, kv_heads, head_width = (None, None, None) if attention is None else head_sizes(attention, width, config)
     feeding = next(([m for p in s.parts for m in get(model, p).modules()] for s in subs if s.kind == "mlp"), [])
     sizes = [w for w in (widths(m) for m in feeding) if w is not None]
+    inner = next((into for into, _ in reversed(sizes) if into != width), sizes[-1][0] if sizes else None)
+    if feeding and (inner is None or inner == width):
+        # Experts may be one stacked weight: then only the config tells.
+        inner = first_number([config], FEED_FORWARD) or inner
     tables = [m for m in (get(model, p) for p in anatomy.embeddings) if isinstance(m, nn.Embedding)]
     projected = None if anatomy.head is None else widths(get(model, anatomy.head))
     return Shape(
@@ -190,7 +93,7 @@ def describe(model: nn.Module) -> Shape:
         heads=heads,
         kv_heads=kv_heads,
         head_width=head_width,
-        feed_forward=next((into for into, _ in reversed(sizes) if into != width), sizes[-1][0] if sizes else None),
+        feed_forward=inner,
         vocabulary=vocabulary_of(model, tables, projected[1] if projected else None),
         context=context_of(model, config),
     )
@@ -201,8 +104,8 @@ def _stage(path: str) -> str:
 
 
 def _trunk(model: nn.Module, stack: tree.Stack) -> Trunk:
-    blocks = tuple(_block(path, get(model, path)) for path in stack.blocks)
-    return Trunk(stack.path, blocks, stack.repeats * _sharing(model), _is_causal(model, blocks))
+    blocks = tuple(read_block(path, get(model, path)) for path in stack.blocks)
+    return Trunk(stack.path, blocks, stack.repeats * _sharing(model), _is_causal(model, stack.path, blocks))
 
 
 def _confirmed(model: nn.Module, batch: Batch, trunks: tuple[Trunk, ...]) -> tuple[Trunk, ...]:
@@ -222,9 +125,17 @@ def _confirmed(model: nn.Module, batch: Batch, trunks: tuple[Trunk, ...]) -> tup
 
 def _measured(model: nn.Module, calls: list[Call], block: Block) -> Block:
     sublayers: list[Sublayer] = []
+    traced = flow_of(get(model, block.path)) is not None
     for sublayer in block.sublayers:
+        if sublayer.residual_inside:
+            # What comes out is the stream already: no sum to compare with.
+            sublayers.append(sublayer)
+            continue
         taken = {p for s in block.sublayers for p in s.parts if s is not sublayer}
         taken.update(n for s in sublayers if s.place == "post" for n in s.norms)
+        if traced:
+            # A branch's post-norm and the next one's pre-norm receive the same sum; the forward told them apart.
+            taken.update(n for s in block.sublayers for n in s.norms if n not in sublayer.norms)
         norms, place = measured_norms(model, calls, block.path, sublayer.parts, taken)
         # Values cannot show norms deep inside a branch: the static reading stands unless they contradict it.
         agree = set(norms) <= set(sublayer.norms) and (place == sublayer.place or not norms)
@@ -239,133 +150,31 @@ def _sharing(model: nn.Module) -> int:
     return layers // groups if isinstance(groups, int) and isinstance(layers, int) else 1
 
 
-def _is_causal(model: nn.Module, blocks: tuple[Block, ...]) -> bool:
-    for block in blocks:
-        one = block.find("attention")
-        if one is None:
-            continue
-        for module in get(model, one.path).modules():
-            for name in ("is_causal", "causal"):
-                said = getattr(module, name, None)
-                if isinstance(said, bool):
-                    return said
-    config = getattr(model, "config", None)
+def _is_causal(model: nn.Module, stack: str, blocks: tuple[Block, ...]) -> bool:
+    config = nearest_config(model, stack)
+    if getattr(config, "model_type", None) in _CAUSAL_TYPES:
+        return True
+    found = (b.find("attention") for b in blocks)
+    for module in (m for one in found if one is not None for m in get(model, one.path).modules()):
+        for name in ("is_causal", "causal"):
+            said = getattr(module, name, None)
+            if isinstance(said, bool):
+                return said
     return bool(getattr(config, "is_decoder", False))
 
 
-def _block(path: str, block: nn.Module) -> Block:
-    flow = None if isinstance(block, (nn.ModuleList, nn.ModuleDict)) else follow(block)
-    if flow is None or not flow.branches:
-        return Block(path, _listed_sublayers(path, block))
-    found = [(b.strand.base, _sublayer(path, block, b, flow)) for b in flow.branches]
-    found.sort(key=lambda item: (item[0], item[1].kind != "attention"))
-    bases = [base for base, _ in found]
-    return Block(path, tuple(s for _, s in found), parallel=len(set(bases)) < len(bases))
-
-
-def _sublayer(path: str, block: nn.Module, branch: Branch, flow: Flow) -> Sublayer:
-    strand = branch.strand
-    norms, place = _norms(block, branch)
-    own = {*strand.units, *strand.before, *strand.inner, *strand.after, *branch.closing}
-    parts = outermost(block, strand.units, {c for c in flow.called if c not in own})
-    return Sublayer(
-        kind=_kind(block, strand.units, parts, strand.crosses),
-        path=join(path, parts[0]),
-        parts=tuple(join(path, p) for p in parts),
-        norms=tuple(join(path, n) for n in norms),
-        place=place,
-        returns="tuple" if parts[0] in flow.tuples else "tensor",
-        residual_inside=branch.hidden or (branch.scope != "" and is_inside(branch.scope, parts[-1])),
-    )
-
-
-def _norms(block: nn.Module, branch: Branch) -> tuple[tuple[str, ...], NormPlace]:
-    strand = branch.strand
-    inner = tuple(n for n in strand.inner if not is_head_norm(n))
-    norms = (*strand.before, *inner, *strand.after, *branch.closing)
-    if branch.closing:
-        return norms, "post"
-    if strand.after:
-        return norms, "sandwich"
-    if strand.before:
-        return norms, "pre"
-    hidden = _norms_within(block, strand.units[0])
-    if not hidden:
-        return norms, "none"
-    if branch.hidden:
-        return (*hidden, *norms), "post"
-    names = list(dict(block.get_submodule(strand.units[0]).named_children()))
-    first = next((names.index(n.partition(".")[0]) for n in projections(block.get_submodule(strand.units[0]))), 0)
-    early = names.index(hidden[0].rpartition(".")[2]) < first
-    return (*hidden, *norms), "pre" if early else "sandwich"
-
-
-def _norms_within(block: nn.Module, unit: str) -> tuple[str, ...]:
-    """Norms of the branch's width that an opaque unit keeps to itself."""
-    children = block.get_submodule(unit).named_children()
-    return tuple(join(unit, n) for n, m in children if is_norm(m) and not is_head_norm(n))
-
-
-def _kind(
-    block: nn.Module, units: tuple[str, ...], parts: tuple[str, ...], crosses: bool
-) -> Literal["attention", "cross_attention", "mlp", "branch"]:
-    modules = [block.get_submodule(u) for u in units]
-    sizes = [w for w in (widths(m) for m in modules) if w is not None]
-    said = hint(*(type(block.get_submodule(p)).__name__ for p in parts)) or hint(*(p.rpartition(".")[2] for p in parts))
-    if any(is_attention(m) for m in modules) or (said != "mlp" and reads_like_attention(sizes)):
-        return "cross_attention" if crosses else "attention"
-    if len(sizes) >= 2 and sizes[0][0] == sizes[-1][1] and not any(channels(m) for m in modules):
-        return "mlp"
-    if any(_is_feed_forward(m) for m in modules) or (said == "mlp" and not sizes):
-        return "mlp"
-    if said == "attention":
-        return "cross_attention" if crosses else "attention"
-    return "branch"
-
-
-def _is_feed_forward(module: nn.Module) -> bool:
-    """Tell an opaque module with a d -> f, f -> d pair of projections somewhere inside and no attention."""
-    sizes = [w for w in (widths(m) for m in module.modules() if m is not module) if w is not None]
-    return len(sizes) >= 2 and sizes[0][0] == sizes[-1][1] != sizes[0][1] and not list(attentions(module))
-
-
-def _listed_sublayers(path: str, block: nn.Module) -> tuple[Sublayer, ...]:
-    """Read a block that cannot run on symbols by what it lists: attentions, feed-forwards, and a norm for each."""
-    found = dict(attentions(block))
-    for name, module in block.named_modules():
-        if name and not any(is_inside(name, f) or is_inside(f, name) for f in found) and _is_feed_forward(module):
-            found[name] = module
-    names = [name for name, _ in block.named_modules() if name in found]
-    norms = [n for n, m in block.named_modules() if is_norm(m) and not is_head_norm(n)]
-    sublayers = []
-    for index, name in enumerate(names):
-        parts = outermost(block, (name,), {n for n in names if n != name})
-        within = [n for n in norms if is_inside(n, parts[0])]
-        outside = [n for n in norms if not any(is_inside(n, p) for p in names)]
-        mine = within or (outside[index : index + 1] if len(outside) == len(names) else [])
-        place: NormPlace = ("pre" if getattr(block, "norm_first", True) else "post") if mine else "none"
-        sublayers.append(
-            Sublayer(
-                kind="attention" if is_attention(found[name]) else "mlp",
-                path=join(path, parts[0]),
-                parts=tuple(join(path, p) for p in parts),
-                norms=tuple(join(path, n) for n in mine),
-                place=place,
-                returns="tuple" if isinstance(found[name], nn.MultiheadAttention) else "tensor",
-                residual_inside=False,
-            )
-        )
-    return tuple(sublayers)
-
-
 def _width(model: nn.Module, trunk: Trunk) -> int | None:
-    """Width of the residual stream: what the first projection of the last block reads."""
-    for sublayer in trunk.blocks[-1].sublayers if trunk.blocks else ():
-        for part in sublayer.parts:
-            for module in get(model, part).modules():
-                if isinstance(module, nn.MultiheadAttention):
-                    return module.embed_dim
-                size = widths(module) or channels(module)
-                if size is not None:
-                    return size[0]
+    """Width of the residual stream: that of the norms beside the last block's branches, or what a branch reads."""
+    subs = trunk.blocks[-1].sublayers if trunk.blocks else ()
+    for s in subs:
+        if s.norms and (s.place == "pre" or (s.place != "none" and s.kind != "branch")):
+            sizes = [int(p.shape[0]) for p in get(model, s.norms[0]).parameters() if p.dim() == 1]
+            if sizes:
+                return sizes[0]
+    for module in (m for s in subs for part in s.parts for m in get(model, part).modules()):
+        if isinstance(module, nn.MultiheadAttention):
+            return module.embed_dim
+        size = widths(module) or channels(module)
+        if size is not None:
+            return size[0]
     return None
