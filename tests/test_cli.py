@@ -330,3 +330,12 @@ def test_every_command_has_a_traceback_on_demand() -> None:
     commands: list[Callable[..., Any] | None] = [c.callback for c in cli.app.registered_commands]
     assert len(commands) == 5
     assert all("debug" in c.__annotations__ for c in commands if c is not None)
+
+
+def test_the_first_recipe_fits_the_parts_it_names() -> None:
+    from lamina.recipe import check, dump
+    from lamina.recipe import load as read
+
+    full = check(read(cli.find_recipe("first")), choices_allowed=False)
+    assert full.optimizer["schedule"]["name"] == "warmup_cosine"
+    assert check(read(dump(full))) == full
