@@ -229,7 +229,9 @@ def _origin(model: nn.Module) -> dict[str, Any]:
 def _signature(model: nn.Module) -> tuple[Any, ...]:
     modules = tuple((n, id(m)) for n, m in model.named_modules())
     tensors = tuple((n, id(p), tuple(p.shape)) for n, p in (*model.named_parameters(), *model.named_buffers()))
-    return modules, tensors, tuple(id(vars(m).get("forward")) for m in model.modules())
+    # A block that shares its weights runs as often as the config says (ALBERT).
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return modules, tensors, tuple(id(vars(m).get("forward")) for m in model.modules()), depth
 
 
 def _count(model: nn.Module) -> int:
