@@ -29,10 +29,10 @@ from lamina._anatomy_types import Sublayer as Sublayer
 from lamina._anatomy_types import Trunk as Trunk
 from lamina.batches import Batch, bare
 
-_CAUSAL_TYPES = frozenset(
-    ("bloom", "clip_text_model", "codegen", "ctrl", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama")
-    + ("mistral", "mixtral", "mpt", "openai-gpt", "opt", "xglm")
-)
+_CAUSAL_TYPES = frozenset({
+    *("bloom", "clip_text_model", "codegen", "ctrl", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama"),
+    *("mistral", "mixtral", "mpt", "openai-gpt", "opt", "xglm"),
+})  # fmt: skip
 """Hugging Face models whose masks are causal, whatever (if anything) their attention modules say about it."""
 
 
