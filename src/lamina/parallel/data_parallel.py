@@ -101,6 +101,10 @@ class Placed:
             return cast(AbstractContextManager[None], self.replicated.no_sync())
         return nullcontext()
 
+    def reshard(self) -> None:
+        """Give up whole parameters that a forward pass without a backward pass left behind."""
+        reshard(self.bare)
+
     def reduce(self) -> None:
         """Combine the gradients, where a reducer does it after backward."""
         if self.handle is not None:
@@ -203,6 +207,7 @@ def gather(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module
             f"{type(model).__name__} cannot be gathered for a rewrite: only a model that was sharded by "
             "lamina.parallel.data_parallel.shard knows its bare form"
         )
+    reshard(model)
     old = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {n: _whole(p.detach(), n) for n, p in old.items()}
     tensors.update(model.named_buffers())
@@ -213,6 +218,13 @@ def gather(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module
         new = dict(result.named_parameters())
         _follow(optimizer, [(old[name], new[name]) for name in old], lambda state, _: _whole(state, "the optimizer"))
     return result
+
+
+def reshard(model: nn.Module) -> None:
+    """Make the parameters of a sharded model its shards again: the root keeps them whole after a forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def clone_with(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -114,6 +114,7 @@ def evaluate(
         if real:
             total += torch.stack([losses["loss"].double() * losses["count"], losses["count"].double()])
     model.train(was_training)
+    placed.reshard()
     weighted, count = world.total(total).tolist()
     if not count:
         raise LaminaError("the evaluation counted nothing: every target is padding, or there is no batch")
