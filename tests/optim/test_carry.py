@@ -262,3 +262,14 @@ def test_rows_that_stay_train_on_as_if_nothing_had_been_cut() -> None:
         return model[0].weight.detach()[chosen]
 
     torch.testing.assert_close(train_rows(cut=True), train_rows(cut=False), rtol=1e-6, atol=1e-7)
+
+
+def test_a_replaced_first_layer_stands_first_in_its_group_again() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before, lineage, old = names_of(model), Lineage(), model.first
+    model.first = nn.Linear(4, 6)
+    lineage.derive(model.first.weight, old.weight)
+    lineage.derive(model.first.bias, old.bias)
+    carry(optimizer, model, lineage, old_names=before)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
