@@ -260,12 +260,12 @@ def kind_time_first(net: Any) -> Any:
 def test_dropout_is_between_layers_only() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 2, 3)
-    net = LayerNormLSTM(3, 4, 2, dropout=1.0)
+    net = randomise(LayerNormLSTM(3, 4, 2, dropout=1.0))
     # Everything between the layers is dropped: the second layer sees zeros, but its output is not dropped.
     zeros = LayerNormLSTM(4, 4)
     zeros.cells[0].load_state_dict(net.cells[1].state_dict())
     torch.testing.assert_close(net(x)[0], zeros(torch.zeros(5, 2, 4))[0])
-    assert net(x)[0].abs().sum() > 0 or float(net.cells[1].weight_ih.abs().sum()) > 0
+    assert net(x)[0].abs().min() > 0
     assert not torch.equal(net.eval()(x)[0], zeros(torch.zeros(5, 2, 4))[0])
     with pytest.warns(UserWarning, match="num_layers=1"):
         LayerNormLSTM(3, 4, dropout=0.1)
@@ -407,9 +407,12 @@ def test_initialisation_is_the_authors() -> None:
     cell = LayerNormLSTMCell(100, 16)
     for block in cell.weight_hh.chunk(4):
         torch.testing.assert_close(block @ block.T, torch.eye(16), rtol=0, atol=1e-5)
-    assert abs(float(cell.weight_ih.std()) - 0.01) < 0.001
-    assert all(float(v) == 1 for n, v in ((n, p.mean()) for n, p in cell.named_parameters()) if n.startswith("gain"))
+    assert abs(float(cell.weight_ih.detach().std()) - 0.01) < 0.001
+    assert all((p == 1).all() for n, p in cell.named_parameters() if n.startswith("gain"))
     assert not any(p.any() for n, p in cell.named_parameters() if n.startswith(("shift", "bias")))
+    # Without a norm behind it the scale of the input weight matters: torch's.
+    loud = LayerNormLSTMCell(100, 16, norm_input=False).weight_ih
+    assert 0.24 < float(loud.detach().abs().max()) <= 0.25
     for block in LayerNormLSTMCell(16, 16).weight_ih.chunk(4):
         torch.testing.assert_close(block @ block.T, torch.eye(16), rtol=0, atol=1e-5)
 

@@ -77,9 +77,15 @@ class Cell(nn.Module):
         }
 
     def reset_parameters(self) -> None:
-        """Start as the authors' code does: orthogonal square blocks, else normal of 0.01; gains 1, the rest 0."""
+        """Start as the authors' code does: orthogonal square blocks, else normal of 0.01; gains 1, the rest 0.
+
+        Deviation: an input weight that no norm follows starts as torch's does, as 0.01 would hide the input.
+        """
         with torch.no_grad():
             for name, weight in (("ih", self.weight_ih), ("hh", self.weight_hh)):
+                if name == "ih" and not self.norm_input:
+                    nn.init.uniform_(weight, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+                    continue
                 if name == "ih" and self.input_size != self.hidden_size:
                     nn.init.normal_(weight, std=0.01)
                     continue
