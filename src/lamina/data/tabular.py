@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lamina.data._arrays import Array, npz
-from lamina.data._files import existing, read
+from lamina.data._files import existing
+from lamina.data._tables import check_complete, check_known, read_columns
 from lamina.data.examples import Columns, Data, split_rows
-from lamina.errors import LaminaError, ShapeError, nearest
+from lamina.errors import LaminaError, ShapeError
 from lamina.registry import register
 
 CATEGORIES = 64
@@ -60,9 +59,9 @@ def tabular(
         features, labels = npz(path, [inputs, target])
         names = [f"{inputs}[:, {i}]" for i in range(features.shape[-1])]
     else:
-        columns = _columns(path, "\t" if ".tsv" in path.suffixes else delimiter)
-        _known(columns, [target, *drop], path)
-        _complete(target, columns[target], path)
+        columns = read_columns(path, delimiter)
+        check_known(columns, [target, *drop], path)
+        check_complete(target, columns[target], path)
         labels = np.array(columns[target])
         features, names = _features({n: v for n, v in columns.items() if n != target and n not in drop}, path)
     return from_arrays(
@@ -125,49 +124,11 @@ def standardised(x: Tensor, train: Tensor) -> Tensor:
     return (x - mean) / torch.where(std > 0, std, 1.0)
 
 
-def _columns(path: Path, delimiter: str) -> dict[str, list[str]]:
-    """Read a table of text, column by column."""
-    try:
-        written = read(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LaminaError(f"the table {str(path)!r} is not UTF-8 text: {error}") from error
-    file = io.StringIO(written, newline="")
-    if delimiter == "\t":
-        found = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    else:
-        found = csv.reader(file, delimiter=delimiter)
-    lines = [row for row in found if row]
-    if len(lines) < 2:
-        raise LaminaError(f"the table {str(path)!r} has no row below its header line")
-    header = lines[0]
-    if len(set(header)) != len(header):
-        raise LaminaError(f"the table {str(path)!r} has two columns of one name: {header}")
-    for number, row in enumerate(lines[1:], start=1):
-        if len(row) != len(header):
-            raise LaminaError(f"row {number} of {str(path)!r} has {len(row)} values, the header {len(header)}")
-    return dict(zip(header, (list(c) for c in zip(*lines[1:], strict=True)), strict=True))
-
-
-def _known(columns: dict[str, list[str]], names: Sequence[str], path: Path) -> None:
-    for name in names:
-        if name not in columns:
-            raise LaminaError(f"{str(path)!r} has no column {name!r}, only {list(columns)}{nearest(name, columns)}")
-
-
-def _complete(name: str, values: Sequence[str], path: Path) -> None:
-    missing = [i for i, value in enumerate(values) if value.strip().lower() in ("", "nan", "na", "null", "?")]
-    if missing:
-        raise LaminaError(
-            f"the column {name!r} of {path.name!r} misses {len(missing)} values (first in row {missing[0] + 1}): "
-            "fill them in, or leave it out with drop"
-        )
-
-
 def _features(columns: dict[str, list[str]], path: Path) -> tuple[Array, list[str]]:
     parts: list[Array] = []
     names: list[str] = []
     for name, values in columns.items():
-        _complete(name, values, path)
+        check_complete(name, values, path)
         try:
             parts.append(np.array([float(v) for v in values]))
             names.append(name)
