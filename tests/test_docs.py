@@ -18,7 +18,7 @@ def snippets():
             yield pytest.param(found[1], found[2], id=f"{page.name}-{number}")
 
 
-@pytest.mark.parametrize(("code", "printed"), snippets())
+@pytest.mark.parametrize(("code", "printed"), list(snippets()))
 def test_a_snippet_runs_and_prints_what_the_page_says(code, printed, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.contract.collect import label, make, of
 from tests.contract.foreign import ALL, FOREIGN
+from torch import nn
 
 from lamina import io
 from lamina.batches import call, logits
@@ -117,7 +118,9 @@ def test_a_rewritten_model_trains_compiles_and_copies(example, where):
     expected = out(model, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+        # torch itself breaks the graph at its recurrent layers.
+        whole = not any(isinstance(m, nn.RNNBase) for m in model.modules())
+        compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=whole)
         torch.testing.assert_close(out(compiled, batch), expected, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = out(model, batch).float()
@@ -164,7 +167,7 @@ def test_the_optimizer_follows(example, where):
 
 @pytest.mark.parametrize("where", FOREIGN)
 @pytest.mark.parametrize(
-    ("first", "second"), itertools.product(PASSES, PASSES), ids=lambda e: e.name if hasattr(e, "name") else e
+    ("first", "second"), list(itertools.product(PASSES, PASSES)), ids=lambda e: e.name if hasattr(e, "name") else e
 )
 def test_every_ordered_pair_works_or_says_why_not(first, second, where):
     model, batch = prepared(first, where)
