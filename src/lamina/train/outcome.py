@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Run:
     """`step` and `loss` of the best evaluation since the latest rewrite."""
     stopped_early: bool = False
     folder: Path | None = None
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    """Of the data, as the model was built with."""
 
 
 def count(model: nn.Module) -> int:

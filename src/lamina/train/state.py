@@ -134,11 +134,20 @@ def prune(folder: Path, keep_last: int, best: int | None) -> None:
 
 
 def _write_tensors(aside: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    ready = {k: t if isinstance(t, DTensor) else t.contiguous() for k, t in tensors.items()}
+    seen: set[int] = set()
+    ready = {k: t if isinstance(t, DTensor) else _own_memory(t, seen) for k, t in tensors.items()}
     writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save_tensors(ready, storage_writer=writer, no_dist=world.size == 1)
+
+
+def _own_memory(tensor: Tensor, seen: set[int]) -> Tensor:
+    """Copy a tensor that shares memory with an earlier one (tied weights): safetensors refuses those."""
+    place = tensor.untyped_storage().data_ptr()
+    shared = place in seen and tensor.numel() > 0
+    seen.add(place)
+    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
 
 
 def _read_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:

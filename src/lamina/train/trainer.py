@@ -314,6 +314,7 @@ class Trainer:
             best=best,
             stopped_early=stopped,
             folder=self.folder.path,
+            sizes=self.data.sizes,
         )
 
     def _live(self) -> snapshot.Live:
