@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -837,6 +838,42 @@ def test_keep_blocks_is_the_model_with_the_others_skipped(data: st.DataObject) -
     assert kept is net.blocks
     assert list(kept) == [blocks[i] for i in indices]
     torch.testing.assert_close(net(TokenIds), net.head(net.norm(h)))
+
+
+def test_keep_blocks_keeps_names_and_class_of_the_container() -> None:
+    class Doubling(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    net = nn.Module()
+    net.body = Doubling(OrderedDict(one=nn.Linear(2, 2), two=nn.ReLU(), three=nn.Linear(2, 2)))
+    old = net.body
+    kept = keep_blocks(net, "body", [2, 1])
+    assert [n for n, _ in kept.named_children()] == ["three", "two"]
+    assert len(old) == 3
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(kept(x), 2 * torch.relu(old.three(x)))
+
+
+def test_dissecting_draws_no_random_number_and_sees_dropped_branches() -> None:
+    class Dropping(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and torch.rand(()).item() < 1.1:
+                return x
+            return super().forward(x)
+
+    class Drawing(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.rand(3)
+            return super().forward(x)
+
+    net = Net(Dropping).train()
+    assert [s.kind for s in dissect(net).trunk().blocks[0].sublayers] == ["attention", "mlp"]
+    assert all(m.training for m in net.modules())
+    drawing = Net(Drawing)
+    state = torch.get_rng_state()
+    dissect(drawing)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_keep_blocks_trims_the_config() -> None:

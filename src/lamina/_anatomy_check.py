@@ -26,16 +26,11 @@ class Call:
     path: str
     given: Tensor | None
     got: Tensor | None
-    reads: int = 0
-    """Address of the tensor it got; meaningful while the pass's tensors are kept alive."""
-    storage: int = 0
-    """Address of the tensor it gave."""
 
 
 def trace(model: nn.Module, batch: Batch, paths: set[str]) -> list[Call]:
     """Run one forward pass in eval mode without gradients; list the calls of the modules in the order they ended."""
     calls: list[Call] = []
-    alive: list[Tensor | None] = []
     with ExitStack() as undo:
         undo.enter_context(_evaluating(model))
         undo.enter_context(torch.no_grad())
@@ -44,10 +39,8 @@ def trace(model: nn.Module, batch: Batch, paths: set[str]) -> list[Call]:
         for path in paths:
 
             def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-                given, got = _first((*args, *kwargs.values())), _first((output,))
-                alive.extend((given, got))
                 # Copies, for a later operation in place would change what was seen.
-                calls.append(Call(path, _copy(given), _copy(got), _address(given), _address(got)))
+                calls.append(Call(path, _copy(_first((*args, *kwargs.values()))), _copy(_first((output,)))))
 
             undo.callback(get(model, path).register_forward_hook(note, with_kwargs=True).remove)
         call(model, batch)
@@ -104,10 +97,7 @@ def measured_norms(
             roles[path] = "behind"
         elif _same(seen.given, summed):
             roles[path] = "after"
-    # Norms with equal weights give equal values: where one hands over the very tensor, it is that one.
-    handing = [n for n, role in roles.items() if role == "before" and first[n].storage == start.reads]
-    before = handing or [n for n, role in roles.items() if role == "before"]
-    behind, after = ([n for n, r in roles.items() if r == role] for role in ("behind", "after"))
+    before, behind, after = ([n for n, r in roles.items() if r == role] for role in ("before", "behind", "after"))
     place: Place = "post" if after else "sandwich" if behind else "pre" if before else "none"
     return (*before, *behind, *after), place
 
@@ -152,10 +142,6 @@ def _first(values: tuple[Any, ...]) -> Tensor | None:
 
 def _copy(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach().clone()
-
-
-def _address(value: Tensor | None) -> int:
-    return 0 if value is None else value.data_ptr()
 
 
 def _same(one: Tensor | None, two: Tensor | None) -> bool:

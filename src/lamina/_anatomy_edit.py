@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,10 +71,11 @@ def keep_blocks(model: nn.Module, trunk_path: str, indices: Sequence[int]) -> nn
     count = len(old)
     if not indices or len(set(indices)) < len(indices) or not all(0 <= i < count for i in indices):
         raise AnatomyError(f"{trunk_path!r} has blocks 0..{count - 1}; cannot keep {list(indices)}")
-    children = list(old)
-    kept = [children[i] for i in indices]
-    new = nn.ModuleList(kept) if isinstance(old, nn.ModuleList) else nn.Sequential(*kept)
-    new.train(old.training)
+    children = list(old._modules.items())
+    numbered = all(name.isdigit() for name, _ in children)
+    # A copy, for a subclass may bring a forward or attributes of its own.
+    new = copy.copy(old)
+    new._modules = {str(at) if numbered else children[i][0]: children[i][1] for at, i in enumerate(indices)}
     swap(model, trunk_path, new)
     _trim_config(model, trunk_path, count, indices)
     return new

@@ -73,7 +73,11 @@ def follow(block: nn.Module) -> Flow | None:
         tracer = _Tracer()
         kept = {id(m): (m, dict(vars(m))) for m in block.modules()}
         try:
-            graph = tracer.trace(_Root(block, tracer, memory))
+            # Evaluation mode: layer drop would leave a branch out by chance.
+            for module, _ in kept.values():
+                module.training = False
+            with torch.random.fork_rng(devices=[]):
+                graph = tracer.trace(_Root(block, tracer, memory))
         except Exception:
             # Any code may stand in a forward; the caller then reads the tree alone, and says so where it cannot.
             continue
