@@ -129,7 +129,7 @@ class LayerwiseOptimizer(Optimizer):
         self, x_squares: list[Tensor], u_squares: list[Tensor], layers: list[Tensor], phi: Bounds | None, clip: bool
     ) -> Tensor:
         """Return the trust ratio of each layer from the local squared norms of its value and its update."""
-        squares = over_shards(torch.stack([torch.stack(x_squares), torch.stack(u_squares)]), layers)
+        squares = over_shards(torch.stack([*x_squares, *u_squares]).view(2, -1), layers)
         x_norms, u_norms = squares.sqrt().unbind()
         ratios = trust_ratio(x_norms, u_norms, phi=phi, clip=clip)
         if self.record:
