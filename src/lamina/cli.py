@@ -165,7 +165,7 @@ def _read(arguments: Sequence[str]) -> Recipe:
 
 
 def _node(text: str, what: str) -> Any:
-    from lamina._yaml import read
+    from lamina.recipe._yaml import read
 
     return read(text, what)[0]
 
@@ -182,7 +182,7 @@ def _calibration(data: Any, count: int = 8) -> list[Mapping[str, Any]]:
 def _show_decision(text: str, decision: Any) -> None:
     from rich.console import Console
 
-    from lamina._yaml import write
+    from lamina.recipe._yaml import write
     from lamina.rewrite.rewriting import to_json
 
     console = Console(highlight=False)
@@ -208,7 +208,7 @@ def _grow(tree: Any, key: str, value: Any) -> None:
     """Add a value to a rich tree: a part's name on its own line, its options below."""
     from rich.text import Text
 
-    from lamina._yaml import write
+    from lamina.recipe._yaml import write
 
     if isinstance(value, Mapping) and value:
         branch = tree.add(Text(f"{key}: {value['name']}" if "name" in value else key))

@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lamina import io
-from lamina._options import signature_of
 from lamina.data import Data
 from lamina.errors import LaminaError
 from lamina.objectives import WeightedSum
@@ -22,6 +21,7 @@ from lamina.objectives.objective import Objective
 from lamina.optim import parameter_groups
 from lamina.parallel.data_parallel import Placement
 from lamina.recipe import Recipe, build, check, dump, factory, frame, load, objectives
+from lamina.recipe._options import signature_of
 from lamina.registry import find
 from lamina.train import distributed, report
 from lamina.train.distributed import World
