@@ -410,9 +410,6 @@ def test_initialisation_is_the_authors() -> None:
     assert abs(float(cell.weight_ih.detach().std()) - 0.01) < 0.001
     assert all((p == 1).all() for n, p in cell.named_parameters() if n.startswith("gain"))
     assert not any(p.any() for n, p in cell.named_parameters() if n.startswith(("shift", "bias")))
-    # Without a norm behind it the scale of the input weight matters: torch's.
-    loud = LayerNormLSTMCell(100, 16, norm_input=False).weight_ih
-    assert 0.24 < float(loud.detach().abs().max()) <= 0.25
     for block in LayerNormLSTMCell(16, 16).weight_ih.chunk(4):
         torch.testing.assert_close(block @ block.T, torch.eye(16), rtol=0, atol=1e-5)
 

@@ -17,10 +17,15 @@ What is measured: (a) a small net on digits at batch 128 and 4, test loss after 
 bar); beside it (b) a character model of Python's documentation, LSTM against layer-normalised LSTM at two learning
 rates, and (c) digits read pixel by pixel.
 
-Limits, with the honest negative (c): where the input is a single number, the norm of `W x` leaves only its sign:
-the layer-normalised LSTM ends worse than the plain one. Keep the norm off the input there (`norm_input=False`).
-Convolutional nets with large batches are better with batch norm (section 6.7). It cannot be folded into the layer
-before it, and the recurrent nets take about twice the time of torch's fused ones.
+What was found: (a) at batch 128 the loss after two epochs is about a third of batch norm's on every seed; at batch 4 a
+single epoch's test loss is so noisy that one seed of three is worse, though the final error is the lowest of the
+three arms. (b) The layer-normalised LSTM starts no faster (steps 25-75 are even) but is 0.15 to 0.25 nats ahead after 150
+steps at both rates. (c) It learns faster here, too, though the input is one number.
+
+Limits: of a single input number the norm of `W x` keeps the sign and what eps leaves of the size, which is why the
+input weight starts small; with `norm_input=False` this task ended clearly worse, not better. Convolutional nets with large
+batches are better with batch norm (section 6.7). The norm cannot be folded into the layer before it, as it depends on the
+data, and the recurrent nets take about twice the time of torch's fused ones.
 Source: Ba, Kiros, Hinton, Layer Normalization (2016), arXiv 1607.06450.
 """
 
@@ -87,7 +92,8 @@ def load_digits(device: torch.device) -> Digits:
     x = torch.tensor(found.data[order] / 16, dtype=torch.float32, device=device)
     y = torch.tensor(found.target[order], device=device)
     cut = len(order) * 3 // 4
-    return Digits(x[:cut], y[:cut], x[cut:], y[cut:])
+    train = slice(0, 256 if smoke() else cut)
+    return Digits(x[train], y[train], x[cut:], y[cut:])
 
 
 def classify(

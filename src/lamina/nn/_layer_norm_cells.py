@@ -77,15 +77,9 @@ class Cell(nn.Module):
         }
 
     def reset_parameters(self) -> None:
-        """Start as the authors' code does: orthogonal square blocks, else normal of 0.01; gains 1, the rest 0.
-
-        Deviation: an input weight that no norm follows starts as torch's does, as 0.01 would hide the input.
-        """
+        """Start as the authors' code does: orthogonal square blocks, else normal of 0.01; gains 1, the rest 0."""
         with torch.no_grad():
             for name, weight in (("ih", self.weight_ih), ("hh", self.weight_hh)):
-                if name == "ih" and not self.norm_input:
-                    nn.init.uniform_(weight, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
-                    continue
                 if name == "ih" and self.input_size != self.hidden_size:
                     nn.init.normal_(weight, std=0.01)
                     continue
@@ -146,7 +140,7 @@ class LayerNormLSTMCell(Cell):
 
     Args:
         variant: `full`, or `cell` (only the read-out of c is normalised, as in the authors' Torch7 file).
-        norm_input: normalise W x. Switch it off where input_size is tiny: of a single number only the sign is left.
+        norm_input: normalise W x. Of a single number the norm leaves little more than the sign; try both there.
         official_bias: add the bias before the norm of W x as well, as the authors' Theano code does.
     Raises:
         ShapeError: a size below 1; x or a state of another shape. TypeError: x is not floating point.
@@ -218,7 +212,7 @@ class LayerNormGRUCell(Cell):
     gains and shifts, kept in two vectors of 3H. x (B, input_size), h (B, H) -> h'. float32 inside for half precision.
 
     Args:
-        norm_input: normalise W x. Switch it off where input_size is tiny.
+        norm_input: normalise W x.
         official_bias: add the bias before the norm of W x, as the authors' Theano code does; else after it.
     Raises:
         ShapeError: a size below 1; x or the state of another shape. TypeError: x is not floating point.
