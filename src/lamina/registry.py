@@ -167,12 +167,12 @@ def _import_object(kind: str, name: str) -> Callable[..., Any]:
         raise LaminaError(f"the {kind} {name!r} cannot be imported: {error}") from error
     if not callable(target):
         raise LaminaError(f"the {kind} {name!r} is a {type(target).__name__}, not something that can be called")
-    return target  # type: ignore[no-any-return]
+    return target
 
 
-def _remember_arguments(cls: type, name: str) -> None:
+def _remember_arguments(cls: Any, name: str) -> None:
     """Wrap `__init__` so that an instance knows its own recipe node (`io.save` writes it)."""
-    original = cls.__init__  # type: ignore[misc]
+    original = cls.__init__
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -183,4 +183,4 @@ def _remember_arguments(cls: type, name: str) -> None:
             given.pop("self", None)
             self.lamina_node = {"name": name, **given}
 
-    cls.__init__ = init  # type: ignore[misc]
+    cls.__init__ = init
