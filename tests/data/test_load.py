@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.contract.example import Example
+
+from lamina import data
+from lamina.errors import LaminaError
+from lamina.registry import find, names
+
+MODULES = "hugging_face images named sentences series tabular text tokens".split()
+EXAMPLES: dict[str, Example] = {}
+for _module in MODULES:
+    for _example in importlib.import_module(f"tests.data.test_{_module}").EXAMPLES:
+        EXAMPLES[_example.name] = _example
+
+
+def _options(example: Example, folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
+    for name, content in example.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    given = {**example.options, **extra}
+    return {k: v.replace("{folder}", str(folder)) if isinstance(v, str) else v for k, v in given.items()}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
+
+
+def test_every_registered_set_has_an_example() -> None:
+    assert sorted(EXAMPLES) == names("data")
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_every_set_gives_the_same_rows_again_and_in_any_order(name: str, tmp_path: Path) -> None:
+    options = _options(EXAMPLES[name], tmp_path / "files", {})
+    first, second = data.load(name, **options), copy.deepcopy(data.load(name, **options))
+    for a, b in ((first.train, second.train), (first.evaluation, second.evaluation)):
+        assert isinstance(a, data.Examples)
+        rows = torch.arange(min(6, len(a)))
+        forward, backward = a.batch(rows), b.batch(rows.flip(0))
+        assert forward.keys() == backward.keys()
+        for key, values in forward.items():
+            assert values.is_contiguous() or key in ("inputs", "labels")
+            assert torch.equal(values, backward[key].flip(0)), key
+            assert not values.is_floating_point() or values.isfinite().all()
+    batch = next(data.Loader(first.train, first.batch))
+    assert {len(v) for v in batch.values()} == {first.batch}
+
+
+@pytest.mark.parametrize("name", sorted(n for n, e in EXAMPLES.items() if e.bad))
+def test_every_set_refuses_its_bad_option(name: str, tmp_path: Path) -> None:
+    options = _options(EXAMPLES[name], tmp_path / "files", dict(EXAMPLES[name].bad))
+    with pytest.raises(LaminaError):
+        find("data", name)(**options)
