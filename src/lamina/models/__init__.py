@@ -8,6 +8,18 @@ hugging_face        any transformers model, by config or folder
 """
 
 from lamina.models.hugging_face import hugging_face as hugging_face
+from lamina.models.metaformer import MetaFormer as MetaFormer
+from lamina.models.metaformer import MetaFormerBlock as MetaFormerBlock
+from lamina.models.metaformer import load_timm as load_timm
+from lamina.models.metaformer import metaformer_ppaa_s12 as metaformer_ppaa_s12
+from lamina.models.metaformer import metaformer_ppff_s12 as metaformer_ppff_s12
+from lamina.models.metaformer import metaformer_pppa_s12 as metaformer_pppa_s12
+from lamina.models.metaformer import metaformer_pppf_s12 as metaformer_pppf_s12
+from lamina.models.metaformer import poolformer_m36 as poolformer_m36
+from lamina.models.metaformer import poolformer_m48 as poolformer_m48
+from lamina.models.metaformer import poolformer_s12 as poolformer_s12
+from lamina.models.metaformer import poolformer_s24 as poolformer_s24
+from lamina.models.metaformer import poolformer_s36 as poolformer_s36
 from lamina.models.resnet import ResNet as ResNet
 from lamina.models.resnet import resnet18 as resnet18
 from lamina.models.resnet import resnet20 as resnet20

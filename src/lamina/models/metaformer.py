@@ -5,7 +5,7 @@ Source: Yu et al., MetaFormer Is Actually What You Need for Vision (2022), arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -78,6 +78,28 @@ class ChannelFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply at every position."""
         return self.dropout(self.down(self.dropout(self.activation(self.up(x)))))
+
+
+class PositionEmbedding(nn.Module):
+    """Add a learned map, zero at the start, to (B, C, H, W) of one size."""
+
+    def __init__(self, width: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(1, width, *grid))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to (B, C, H, W)."""
+        if x.shape[1:] != self.embedding.shape[1:]:
+            raise ShapeError(
+                f"the position embedding is for {tuple(self.embedding.shape[2:])} cells, the image has "
+                f"{tuple(x.shape[2:])}; call resize_positions(image) for another size"
+            )
+        return x + self.embedding
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Interpolate the map bicubically to another size (a new Parameter)."""
+        resized = F.interpolate(self.embedding.detach(), grid, mode="bicubic", align_corners=False)
+        self.embedding = nn.Parameter(resized)
 
 
 class MetaFormerBlock(nn.Module):
@@ -181,15 +203,16 @@ class MetaFormer(nn.Module):
         _check(depths, widths=widths, mixers=each, positions=places)
         grids = stage_grids(image, len(depths), patch, downsample)
         rates = _rates(drop_path, sum(depths))
-        self.channels, self.image, self.features_only = channels, image, features_only
+        self.channels, self.features_only, self.strides = channels, features_only, (patch, downsample)
+        self.smallest = _smallest_side(len(depths), patch, downsample)
         self.embeds = nn.ModuleList()
-        self.positions = nn.ParameterList()
+        self.positions = nn.ModuleList()
         self.stages = nn.ModuleList()
         for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             kernel, stride, padding = patch if i == 0 else downsample
             self.embeds.append(nn.Conv2d(channels if i == 0 else widths[i - 1], width, kernel, stride, padding))
             make = factory("mixer", each[i])
-            self.positions.append(_positions(width, grids[i]) if places[i] else torch.empty(0))
+            self.positions.append(_positions(width, grids[i]) if places[i] else nn.Identity())
             given = {"width": width, "heads": max(width // 32, 1), **({"grid": grids[i]} if grids[i] else {})}
             options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "norm": norm, "layer_scale": layer_scale}
             options |= {"dropout": dropout, "mlp": mlp, "residual": residual}
@@ -204,15 +227,7 @@ class MetaFormer(nn.Module):
         self._check_images(pixel_values)
         x, maps = pixel_values, []
         for embed, position, stage in zip(self.embeds, self.positions, self.stages, strict=True):
-            x = embed(x)
-            if position.numel():
-                if position.shape[1:] != x.shape[1:]:
-                    raise ShapeError(
-                        f"the position embedding is for {tuple(position.shape[2:])} cells, the image has "
-                        f"{tuple(x.shape[2:])}; call resize_positions(image) for another size"
-                    )
-                x = x + position
-            x = stage(x)
+            x = stage(position(embed(x)))
             maps.append(x)
         if self.features_only:
             return [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
@@ -221,17 +236,19 @@ class MetaFormer(nn.Module):
 
     def resize_positions(self, image: int | tuple[int, int]) -> None:
         """Resize the position embeddings to another image size, bicubically, in place (new Parameter objects)."""
-        steps = [(int(e.kernel_size[0]), int(e.stride[0]), int(e.padding[0])) for e in self.embeds]  # type: ignore[index]
-        grids = stage_grids(image, len(steps), steps[0], steps[-1])
-        for i, (position, grid) in enumerate(zip(self.positions, grids, strict=True)):
-            if position.numel() and grid is not None:
-                resized = F.interpolate(position.detach(), grid, mode="bicubic", align_corners=False)
-                self.positions[i] = nn.Parameter(resized)
-        self.image = image
+        grids = stage_grids(image, len(self.embeds), *self.strides)
+        for position, grid in zip(self.positions, grids, strict=True):
+            if isinstance(position, PositionEmbedding) and grid is not None:
+                position.resize(grid)
 
     def _check_images(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ShapeError(f"MetaFormer takes images (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        if min(x.shape[2], x.shape[3]) < self.smallest:
+            raise ShapeError(
+                f"images of {tuple(x.shape[2:])} pixels leave nothing for the last of {len(self.stages)} stages: "
+                f"both sides must be at least {self.smallest}"
+            )
 
 
 def stage_grids(
@@ -288,14 +305,22 @@ def _check(depths: Sequence[int], **lists: Sequence[Any]) -> None:
         raise ShapeError(f"depths and widths must be at least 1, got {list(depths)} and {list(lists['widths'])}")
 
 
-def _rates(last: float, blocks: int) -> Any:
+def _rates(last: float, blocks: int) -> Iterator[float]:
     return iter([last * j / max(blocks - 1, 1) for j in range(blocks)])
 
 
-def _positions(width: int, grid: tuple[int, int] | None) -> nn.Parameter:
+def _positions(width: int, grid: tuple[int, int] | None) -> PositionEmbedding:
     if grid is None:
         raise RecipeError("positions are bound to a size: give `image`")
-    return nn.Parameter(torch.zeros(1, width, *grid))
+    return PositionEmbedding(width, grid)
+
+
+def _smallest_side(stages: int, patch: tuple[int, int, int], downsample: tuple[int, int, int]) -> int:
+    """Return the least side that leaves a pixel to every stage: the arithmetic of convolutions, from the end."""
+    side = 1
+    for kernel, stride, padding in (*[downsample] * (stages - 1), patch):
+        side = max((side - 1) * stride + kernel - 2 * padding, 1)
+    return side
 
 
 def _scale(width: int, start: float | None) -> nn.Module:

@@ -26,3 +26,8 @@ from lamina.nn.layer_norm_recurrent import LayerNormRNN as LayerNormRNN
 from lamina.nn.layer_norm_recurrent import LayerNormRNNCell as LayerNormRNNCell
 from lamina.nn.layout import GridAsSequence as GridAsSequence
 from lamina.nn.layout import SequenceAsGrid as SequenceAsGrid
+from lamina.nn.pooling_mixer import ChannelNorm2d as ChannelNorm2d
+from lamina.nn.pooling_mixer import IdentityMixer as IdentityMixer
+from lamina.nn.pooling_mixer import PoolingMixer as PoolingMixer
+from lamina.nn.pooling_mixer import RandomMixer as RandomMixer
+from lamina.nn.pooling_mixer import SpatialLinearMixer as SpatialLinearMixer

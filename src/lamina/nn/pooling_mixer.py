@@ -66,7 +66,8 @@ class RandomMixer(nn.Module):
 
     Args:
         grid: (H, W).
-        seed: of the matrix, drawn from a generator of its own; the matrix is a buffer and saved.
+        seed: of the matrix, which is a buffer and saved; None = from torch's generator, as weights are, so that
+            every layer of a network has another matrix.
     Raises:
         ShapeError: another H or W at the call.
     """
@@ -74,13 +75,17 @@ class RandomMixer(nn.Module):
     layout: ClassVar[str] = "grid"
     weights: Tensor
 
-    def __init__(self, grid: tuple[int, int], seed: int = 0) -> None:
+    def __init__(self, grid: tuple[int, int], seed: int | None = None) -> None:
         super().__init__()
         self.grid = _checked(grid)
-        cells = grid[0] * grid[1]
-        drawn = torch.rand(cells, cells, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-        # Under torch.device("meta") the buffer must follow the model, the drawing must not.
-        self.register_buffer("weights", drawn.softmax(-1).to(torch.empty(0).device))
+        cells, here = grid[0] * grid[1], torch.empty(0).device
+        if seed is None:
+            drawn = torch.rand(cells, cells)
+        else:
+            # The same numbers on every device; under torch.device("meta") a generator has none to give.
+            generator = torch.Generator("cpu").manual_seed(seed)
+            drawn = torch.rand(cells, cells, generator=generator, device="cpu")
+        self.register_buffer("weights", drawn.softmax(-1).to(here))
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the cells of (B, C, H, W)."""
@@ -112,7 +117,7 @@ class SpatialLinearMixer(nn.Module):
         return self.linear(x.flatten(2)).unflatten(2, self.grid)
 
 
-@register("norm", source=f"{SOURCE}, hybrid models")
+@register("norm", "channel_norm_2d", source=f"{SOURCE}, hybrid models")
 class ChannelNorm2d(nn.LayerNorm):
     """Layer normalisation of the channel vector at every position of a map. x (B, C, H, W) -> same.
 
