@@ -138,3 +138,16 @@ def trainer(
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without wall-clock figures."""
     return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in read(folder / "metrics.jsonl")]
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    """A recipe of parts that only this module knows."""
+    return {
+        "model": {"name": "tests.train.tiny:Net", "depth": 3},
+        "data": "tests.train.tiny:data",
+        "objective": ["classification", {"name": "distillation", "weight": 0.5}],
+        "optimizer": {"name": "adamw", "lr": 1e-2, "schedule": {"name": "warmup_cosine", "warmup": 0.2}},
+        "rewrite": [{"name": "tests.train.tiny:DropLast", "at": 0.5}],
+        "train": {"steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "log_every": 1, "device": "cpu"},
+        **changes,
+    }

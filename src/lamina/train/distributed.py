@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from lamina.errors import LaminaError
 from lamina.train.precision import TrainingError
@@ -76,7 +77,7 @@ def start(device: str = "auto", *, timeout: float = TIMEOUT) -> World:
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Two backends under CUDA: checkpoints and decisions are agreed on by way of the CPU.
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _join(backend, timedelta(seconds=timeout))
     if not dist.is_initialized():
         return World(device=place)
     return World(dist.get_rank(), dist.get_world_size(), place)
@@ -106,6 +107,17 @@ def lost_peers_told(world: World, how_on: str) -> Iterator[None]:
             f"process {world.rank} of {world.size} lost another one, which ended or hangs "
             f"(its own output says why); {how_on} [{str(error).splitlines()[0][:160]}]"
         ) from error
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not restarts:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # torchrun's static rendezvous keeps its store over a restart, with the addresses of the dead processes in it.
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"restart-{restarts}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _peer_is_gone(error: RuntimeError) -> bool:
