@@ -1,4 +1,4 @@
-"""Methods of different stages together, from a recipe: trained in bf16, saved, loaded, run again to the same numbers."""
+"""Methods of different stages together, from a recipe: trained in bf16, saved, loaded, run again to equal numbers."""
 
 import json
 

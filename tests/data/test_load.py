@@ -14,10 +14,10 @@ from lamina.errors import LaminaError
 from lamina.registry import find, names
 
 MODULES = "hugging_face images named sentences series tabular text tokens".split()
-EXAMPLES: dict[str, Example] = {}
+BY_NAME: dict[str, Example] = {}
 for _module in MODULES:
     for _example in importlib.import_module(f"tests.data.test_{_module}").EXAMPLES:
-        EXAMPLES[_example.name] = _example
+        BY_NAME[_example.name] = _example
 
 
 def _options(example: Example, folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
@@ -34,12 +34,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_registered_set_has_an_example() -> None:
-    assert sorted(EXAMPLES) == names("data")
+    assert sorted(BY_NAME) == names("data")
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES))
+@pytest.mark.parametrize("name", sorted(BY_NAME))
 def test_every_set_gives_the_same_rows_again_and_in_any_order(name: str, tmp_path: Path) -> None:
-    options = _options(EXAMPLES[name], tmp_path / "files", {})
+    options = _options(BY_NAME[name], tmp_path / "files", {})
     first, second = data.load(name, **options), copy.deepcopy(data.load(name, **options))
     for a, b in ((first.train, second.train), (first.evaluation, second.evaluation)):
         assert isinstance(a, data.Examples)
@@ -54,8 +54,8 @@ def test_every_set_gives_the_same_rows_again_and_in_any_order(name: str, tmp_pat
     assert {len(v) for v in batch.values()} == {first.batch}
 
 
-@pytest.mark.parametrize("name", sorted(n for n, e in EXAMPLES.items() if e.bad))
+@pytest.mark.parametrize("name", sorted(n for n, e in BY_NAME.items() if e.bad))
 def test_every_set_refuses_its_bad_option(name: str, tmp_path: Path) -> None:
-    options = _options(EXAMPLES[name], tmp_path / "files", dict(EXAMPLES[name].bad))
+    options = _options(BY_NAME[name], tmp_path / "files", dict(BY_NAME[name].bad))
     with pytest.raises(LaminaError):
         find("data", name)(**options)
