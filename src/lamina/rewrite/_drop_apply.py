@@ -90,16 +90,18 @@ def find_trunk(model: nn.Module, path: str | None) -> Trunk:
     return found.trunk(path) if known or not path else dissect(model, blocks=path).trunk(path)
 
 
-def carry_out(model: nn.Module, decision: DropDecision) -> nn.Module:
+def carry_out(model: nn.Module, decision: DropDecision, trunk: Trunk | None = None) -> nn.Module:
     """Drop what the decision names, in place; return the model.
 
+    Args:
+        trunk: where it was found already; it is looked for otherwise.
     Raises:
         AnatomyError: the model has no such block or sublayer, or shares the weights of what should go.
         LaminaError: a decoder would be left without attention, or its cache without a first slot.
     """
-    trunk = find_trunk(model, decision.trunk)
+    if trunk is None:
+        trunk = find_trunk(model, decision.trunk)
     check(model, trunk, decision)
-    alone = len(_trunks(model)) <= 1
     for index in sorted({*decision.attention, *decision.mlp}):
         block = trunk.blocks[index]
         for kind, chosen in (("attention", decision.attention), ("mlp", decision.mlp)):
@@ -112,8 +114,7 @@ def carry_out(model: nn.Module, decision: DropDecision) -> nn.Module:
         _renumber(model, trunk, decision, paths)
     else:
         _run_fewer_times(model, trunk, trunk.repeats - len(decision.blocks))
-    if alone:
-        _note_in_config(model, trunk, decision)
+    _note_in_config(model, trunk, decision)
     return model
 
 
@@ -237,9 +238,12 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _note_in_config(model: nn.Module, trunk: Trunk, decision: DropDecision) -> None:
-    """Write the indices under the key names of the method's authors, where there is a transformers config."""
+    """Write the indices under the key names of the method's authors, where there is a transformers config.
+
+    Their format knows one stack of blocks; encoder and decoder together are left to the model's own history.
+    """
     config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
+    if config is None or not hasattr(config, "to_dict") or getattr(config, "is_encoder_decoder", False):
         return
     kept = [i for i in range(len(trunk.blocks)) if i not in decision.blocks]
     for name, fresh in (("drop_attn_list", decision.attention), ("drop_mlp_list", decision.mlp)):
@@ -247,14 +251,6 @@ def _note_in_config(model: nn.Module, trunk: Trunk, decision: DropDecision) -> N
         listed = sorted(kept.index(i) for i in {*earlier, *fresh} if i in kept)
         if listed or hasattr(config, name):
             setattr(config, name, listed)
-
-
-def _trunks(model: nn.Module) -> tuple[Trunk, ...]:
-    """Return the trunks of a model, none where none can be recognised (any more)."""
-    try:
-        return dissect(bare(model)).trunks
-    except AnatomyError:
-        return ()
 
 
 def _join(path: str, name: str) -> str:

@@ -293,13 +293,14 @@ def _copy_of_tree(model: nn.Module) -> nn.Module:
 
 def _saving(model: nn.Module, trunk: Trunk, decision: DropDecision) -> Saving:
     """Count on a copy that shares the weights; this also proves that the decision can be carried out."""
-    left = carry_out(_copy_of_tree(model), decision)
+    left = carry_out(_copy_of_tree(model), decision, trunk)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, left))
     lost = {
         *decision.attention,
         *(i for i in decision.blocks if trunk.repeats > 1 or trunk.blocks[i].find("attention")),
     }
-    return Saving(before - after, before, _cache_bytes(model) * len(lost) if trunk.causal else None)
+    cache = _cache_bytes(model) * len(lost) if trunk.causal and lost else None
+    return Saving(before - after, before, cache)
 
 
 def _cache_bytes(model: nn.Module) -> int:
