@@ -118,6 +118,15 @@ def test_masked_token_hides_the_share_asked_and_asks_only_there():
     assert torch.equal(again.mask({"input_ids": ids})["input_ids"], masked["input_ids"])
 
 
+def test_masked_token_ignores_other_labels_unless_the_batch_arrives_masked():
+    ids, model = tokens(), language_model()
+    labels = torch.full_like(ids, -100)
+    labels[0, 2] = 7
+    given = {"input_ids": ids, "labels": labels}
+    assert MaskedToken(10, 11, masked=True)(model, given)["count"] == 1
+    assert torch.equal(MaskedToken(10, 11, share=1.0).mask(given)["labels"], ids)
+
+
 def test_masked_token_goes_on_where_its_saved_generator_stood():
     ids = {"input_ids": tokens(20)}
     first = MaskedToken(10, 11)

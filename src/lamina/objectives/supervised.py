@@ -71,27 +71,30 @@ class MaskedToken(_FromOutputs):
     """Cross-entropy of hidden tokens: a share of the input is replaced by a mask token and must be restored.
 
     Of the chosen positions 80 % become `mask_token`, 10 % a random token, 10 % stay. The choice is drawn from a
-    generator of the objective's own, whose state is saved. A batch that has `labels` is taken as already masked.
+    generator of the objective's own, whose state is saved.
 
     Args:
         mask_token: id of the mask token.
         vocabulary: number of token ids, for the random replacement.
         share: of positions chosen, 0..1.
         seed: of the choice.
+        masked: True where the batch arrives masked, with `labels` (a Hugging Face collator does that).
     """
 
     needs: ClassVar[Literal["outputs", "model"]] = "model"
 
-    def __init__(self, mask_token: int, vocabulary: int, *, share: float = 0.15, seed: int = 0) -> None:
+    def __init__(
+        self, mask_token: int, vocabulary: int, *, share: float = 0.15, seed: int = 0, masked: bool = False
+    ) -> None:
         _check_share("share", share)
         if not 0 <= mask_token < vocabulary:
             raise LaminaError(f"mask_token must be an id below vocabulary={vocabulary}, got {mask_token}")
-        self.mask_token, self.vocabulary, self.share = mask_token, vocabulary, share
+        self.mask_token, self.vocabulary, self.share, self.masked = mask_token, vocabulary, share, masked
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Mask the batch, run the model, return the losses."""
-        masked = batch if "labels" in batch else self.mask(batch)
+        masked = batch if self.masked else self.mask(batch)
         return self.loss(call(model, masked), masked)
 
     def loss(self, outputs: Any, batch: Batch) -> Losses:
