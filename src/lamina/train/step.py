@@ -42,21 +42,23 @@ def gradients(
         (sum of loss * count, sum of count) of this process in float64, and the last micro-batch's losses.
     """
     exact = torch.float32 if world.device.type == "mps" else torch.float64
-    weighted = counted = torch.zeros((), dtype=exact, device=world.device)
+    terms: list[Tensor] = []
+    counts: list[Tensor] = []
     share: Tensor | None = None
     losses: Losses = {}
     for i, part in enumerate(split(batch, parts)):
         with placed.syncing(i == parts - 1):
             with autocast(precision, world.device):
                 losses = objective(placed.module, part)
-            loss, count = losses["loss"], losses["count"]
+            loss, count = losses["loss"], losses["count"].detach()
+            terms.append(loss.detach().to(exact) * count)
+            counts.append(count.to(exact))
             if parts > 1 or world.size > 1:
                 # The first count stands for all until the others are known: the scale of fp16 losses stays sane.
                 share = _share(count, world) if share is None else share
                 loss = loss * (count / share)
             (loss if scaler is None else scaler.scale(loss)).backward()
-        weighted = weighted + losses["loss"].detach().to(exact) * count
-        counted = counted + count
+    weighted, counted = (terms[0], counts[0]) if parts == 1 else (torch.stack(terms).sum(), torch.stack(counts).sum())
     if share is not None and parts > 1:
         whole = world.total(counted.clone())
         _multiply_gradients(placed, objective, share * world.size / torch.where(whole > 0, whole, 1.0))
@@ -140,7 +142,7 @@ def _in_step(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bo
 
 def _share(count: Tensor, world: World) -> Tensor:
     """Mean count of a process; 1 where nothing counts."""
-    whole = world.total(count.detach().clone())
+    whole = world.total(count.clone())
     return torch.where(whole > 0, whole / world.size, torch.ones_like(whole))
 
 
