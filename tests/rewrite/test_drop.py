@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamina import anatomy
-from lamina.errors import AnatomyError, LaminaError
+from lamina.errors import AnatomyError, LaminaError, RecipeError
 from lamina.rewrite import (
     DropAttention,
     DropBlock,
@@ -783,12 +783,42 @@ def test_bad_models_and_data(caplog: pytest.LogCaptureFixture) -> None:
         DropMLP(1).decide(llama(), [{"input_ids": tokens(), "attention_mask": torch.zeros(3, 9)}])
 
 
-def test_order_with_other_passes() -> None:
-    class EarlyExit:
-        pass
-
+def test_order_with_other_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     check_order([DropAttention(1), DropMLP(1)])
-    assert DropAttention(1).conflicts(DropMLP(1)) is None
+    monkeypatch.setattr("lamina.rewrite.drop.pass_name", lambda one: "early_exit")
+    with pytest.raises(RecipeError, match="drop first"):
+        check_order([DropAttention(1), DropMLP(1)])
+
+
+def opt() -> nn.Module:
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
+    return spread(transformers.OPTForCausalLM(transformers.OPTConfig(word_embed_proj_dim=32, **sizes)))
+
+
+def falcon() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
+    config = transformers.FalconConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    return spread(transformers.FalconForCausalLM(config))
+
+
+@pytest.mark.parametrize("make", [opt, falcon, gemma2, neox, bert])
+def test_a_block_without_sublayers_is_the_identity(make) -> None:
+    """OPT folds batch and time; Falcon and GPT-NeoX run both branches on one input, Falcon adds them in place."""
+    model = make()
+    trunk = anatomy.dissect(model).trunk()
+    scores = DropSublayers(1).decide(model, [{"input_ids": tokens()}]).scores
+    assert scores is not None
+    assert None not in (*scores["attention"], *scores["mlp"])
+    rewrite(model, Given(DropDecision(attention=(1,))), Given(DropDecision(mlp=(1,))))
+    seen: list[tuple[Tensor, Tensor]] = []
+    block = model.get_submodule(trunk.blocks[1].path)
+    block.register_forward_hook(
+        lambda m, a, k, o: seen.append((a[0] if a else k["hidden_states"], o[0] if isinstance(o, tuple) else o)),
+        with_kwargs=True,
+    )
+    model(tokens())
+    torch.testing.assert_close(seen[0][0], seen[0][1], rtol=0, atol=0)
+    assert not list(block.parameters())
 
 
 def test_tuples_are_read_off_the_source() -> None:

@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lamina.anatomy import Block, Sublayer, get, swap
@@ -36,20 +37,24 @@ class Skip(nn.Module):
 
 
 class SkipBranch(nn.Module):
-    """Returns zeros of its first tensor's shape that take no memory, for a block that adds what its branch returns."""
+    """Returns zeros of its first tensor's shape, for a block that adds what its branch returns.
+
+    Args:
+        writable: the block adds to them in place (Falcon's parallel branches do); else they take no memory.
+    """
 
     # torch.nn.TransformerEncoderLayer reads it: without a bias it takes no fused path.
     in_proj_bias: Tensor | None = None
 
-    def __init__(self, *, rest: Rest | None = None, batch_first: bool = True) -> None:
+    def __init__(self, *, rest: Rest | None = None, batch_first: bool = True, writable: bool = False) -> None:
         super().__init__()
-        self.rest = rest
-        self.batch_first = batch_first
+        self.rest, self.batch_first, self.writable = rest, batch_first, writable
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros."""
         x = _first(args, kwargs)
-        return _filled(x.new_zeros(()).expand_as(x), self.rest, args, kwargs)
+        zeros = torch.zeros_like(x) if self.writable else x.new_zeros(()).expand_as(x)
+        return _filled(zeros, self.rest, args, kwargs)
 
 
 def skip_sublayer(model: nn.Module, block: Block, sublayer: Sublayer, *, keep_norm: bool) -> None:
@@ -72,9 +77,12 @@ def skip_sublayer(model: nn.Module, block: Block, sublayer: Sublayer, *, keep_no
         norm = get(model, kept[0]) if kept else None
         _put(model, last, Skip(norm, rest=_rest(model, sublayer, last)))
     else:
+        inside = get(model, block.path).modules()
+        writable = block.parallel or any(isinstance(m, SkipBranch) and m.writable for m in inside)
         for part in sublayer.parts:
-            order = getattr(get(model, part), "batch_first", True)
-            _put(model, part, SkipBranch(rest=_rest(model, sublayer, part), batch_first=bool(order)))
+            order = bool(getattr(get(model, part), "batch_first", True))
+            stub = SkipBranch(rest=_rest(model, sublayer, part), batch_first=order, writable=writable)
+            _put(model, part, stub)
     for norm_path in outside - set(kept):
         _put(model, norm_path, Skip())
     _leave_fused_path(model, block)

@@ -211,9 +211,7 @@ class _Watch:
     def _in_turn(self, block: Block, start: _State, end: _State) -> None:
         if not block.sublayers:
             return
-        entries = [self.seen.get(entry_of(s)) for s in block.sublayers[1:]]
-        fits = [e is not None and e.shape == end.given.shape for e in entries]
-        middle = [_State.of(e, end.dim) if e is not None and ok else None for e, ok in zip(entries, fits, strict=True)]
+        middle = [self._entered(entry_of(s), end) for s in block.sublayers[1:]]
         states = [start, *middle, end]
         for sublayer, before, after in zip(block.sublayers, states[:-1], states[1:], strict=True):
             if before is None or after is None:
@@ -221,6 +219,13 @@ class _Watch:
             if self.keep_norm and sublayer.place == "post":
                 before = _State.of(get(self.model, sublayer.norms[-1])(before.given), before.dim)
             self._add(self.sublayers[sublayer.path], before, after)
+
+    def _entered(self, path: str, end: _State) -> _State | None:
+        """The stream as the module at `path` got it; OPT's comes with batch and time in one."""
+        value, shape = self.seen.get(path), end.given.shape
+        if value is None or value.shape[end.dim] != shape[end.dim] or value.numel() != end.given.numel():
+            return None
+        return _State.of(value.reshape(shape), end.dim)
 
     def _side_by_side(self, block: Block, start: _State) -> None:
         for sublayer in block.sublayers:
