@@ -6,6 +6,7 @@ registered norm. `attention` is a role, found by anatomy: see `lamina.rewrite.re
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -113,8 +114,10 @@ class Replace:
         if self.old == "attention":
             from lamina.rewrite import replace_attention
 
-            asked = {"new": self.new, "match": self.match, "options": self.options, "grid": self.grid}
-            return replace_attention.decide_attention(model, data, **asked)
+            decision = replace_attention.decide_attention(
+                model, data, new=self.new, match=self.match, options=self.options, grid=self.grid
+            )
+            return dataclasses.replace(decision, seed=self.seed)
         found = _find(model, self.old, self.match)
         _check_options(self.new, self.options, next(iter(found.values())))
         with torch.device("meta"):
