@@ -195,6 +195,13 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path) -> None:
     assert kept == sorted({state.name_of(run.best["step"]), "step-000016", "step-000018", "step-000020"})
 
 
+def test_a_checkpoint_without_its_mark_does_not_count(tmp_path) -> None:
+    trainer(tmp_path, checkpoint_every=4).fit()
+    newest = state.checkpoints(tmp_path)[-1]
+    (newest / "complete").unlink()
+    assert [p.name for p in state.checkpoints(tmp_path)] == ["step-000008"]
+
+
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path) -> None:
     trainer(tmp_path, checkpoint_every=12).fit()
     files = sorted(p.name for p in (tmp_path / "checkpoints" / "step-000012").iterdir())

@@ -8,9 +8,10 @@ from tests.train.tiny import DropLast, WidenClasses, adamw, data, net, numbers, 
 from torch import nn
 
 from lamina.data import Columns, Data, Loader
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, PlanError
 from lamina.gradients import Mean
 from lamina.objectives import Classification
+from lamina.parallel.data_parallel import Placement
 from lamina.train.metrics import read
 from lamina.train.phases import Scheduled
 from lamina.train.precision import TrainingError
@@ -202,6 +203,39 @@ def test_low_precision_learns_like_full(tmp_path, precision) -> None:
     full = trainer(model=net(dropout=0.0), steps=30).fit()
     low = trainer(model=net(dropout=0.0), steps=30, precision=precision).fit()
     assert low.loss == pytest.approx(full.loss, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_curve(tmp_path) -> None:
+    # A fresh model in the middle, so that the second half is compiled anew.
+    for name, compile in (("a", False), ("b", True)):
+        rewrites = [Scheduled(WidenClasses(), 0.5)]
+        trainer(tmp_path / name, model=net(dropout=0.0), compile=compile, rewrites=rewrites, steps=6).fit()
+    a, b = ([r["loss"] for r in numbers(tmp_path / f) if r["event"] == "step"] for f in "ab")
+    assert b == pytest.approx(a, rel=1e-4)
+
+
+def test_fit_runs_once() -> None:
+    one = trainer(steps=1)
+    one.fit()
+    with pytest.raises(LaminaError, match="fit.. was called already"):
+        one.fit()
+
+
+class Elsewhere(Mean):
+    def tasks(self, step, rank, world):
+        return (rank, rank + 1)
+
+
+def test_what_cannot_run_is_refused_at_once() -> None:
+    with pytest.raises(PlanError, match="Elsewhere gives a process other shards than its own"):
+        trainer(reducer=Elsewhere()).fit()
+    with pytest.raises(PlanError, match="use bf16 with shard"):
+        trainer(placement=Placement(shard=2), precision="fp16")
+    with pytest.raises(LaminaError, match="need a folder to write to"):
+        trainer(checkpoint_every=1)
+    with pytest.raises(LaminaError, match="accumulate is 9, but a process has only 8 rows"):
+        trainer(accumulate=9).fit()
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path) -> None:

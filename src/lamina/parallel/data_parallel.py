@@ -123,13 +123,16 @@ def place(
     """Move a bare model to its devices and wrap it; an optimizer that already has state follows.
 
     Raises:
-        PlanError: a reducer and shards (a reducer needs whole gradients), or another number of processes.
+        PlanError: a reducer and shards (a reducer needs whole gradients), a reducer that gives a process other data
+            than its own, or another number of processes.
     """
     model.to(device)
     handle: Handle | None = None
     replicated: DistributedDataParallel | None = None
     module = model
     placement.check(_world())
+    if reducer is not None:
+        _check_tasks(reducer)
     if placement.shard > 1:
         if reducer is not None:
             raise PlanError(f"{type(reducer).__name__} needs whole gradients: use shard 1 (DDP), not {placement.shard}")
@@ -246,6 +249,14 @@ def same_buffers(placed: Placed) -> None:
     if _world() > 1:
         for buffer in placed.bare.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def _check_tasks(reducer: Reducer) -> None:
+    rank = dist.get_rank() if _world() > 1 else 0
+    if tuple(reducer.tasks(0, rank, _world())) != (rank,):
+        raise PlanError(
+            f"{type(reducer).__name__} gives a process other shards than its own, which no trainer does yet"
+        )
 
 
 def _whole(tensor: Tensor, name: str) -> Tensor:

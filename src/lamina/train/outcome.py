@@ -32,6 +32,12 @@ class Stage:
     memory: int = 0
     """Peak bytes: allocated on the GPU, or resident on a CPU (seen at log points)."""
 
+    def trained(self, steps: int, seconds: float, memory: int) -> float:
+        """Add the time of so many steps (counted in `steps` and `items` already); return their rate."""
+        self.seconds += seconds
+        self.memory = max(self.memory, memory)
+        return self.items / self.steps * steps / seconds
+
     @property
     def rate(self) -> float:
         """Tokens (or rows) a second; 0 where nothing was trained."""

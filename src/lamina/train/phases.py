@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lamina.batches import to_device
-from lamina.data import Data, Loader
+from lamina.batches import Batch, to_device
+from lamina.data import Data, Loader, one_pass
 from lamina.errors import LaminaError
 from lamina.rewrite.rewriting import Pass, Record, history, pass_name, replay, rewrite
+from lamina.train.distributed import World
+from lamina.train.options import TrainOptions
 
 CALIBRATION_BATCHES = 4
 """Batches of training data that a pass may look at."""
@@ -113,6 +116,14 @@ class Calibration:
         loader = Loader(self.data.train, self.data.batch, seed=self.seed)
         for _ in range(CALIBRATION_BATCHES):
             yield to_device(next(loader), self.device)
+
+
+def held_out(data: Data, options: TrainOptions, world: World) -> Iterable[Batch]:
+    """Return this process's share of the evaluation set; where there is none, a few batches of the training data."""
+    if data.evaluation is None:
+        return Calibration(data, options.seed, world.device)
+    batches = one_pass(data.evaluation, data.batch, rank=world.rank, world=world.size)
+    return itertools.islice(batches, options.evaluate_batches)
 
 
 def fate_of_states(optimizer: Optimizer, model: nn.Module, before: dict[int, str]) -> dict[str, Any]:

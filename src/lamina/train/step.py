@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from lamina.batches import Batch, to_device
 from lamina.errors import LaminaError
@@ -41,7 +42,7 @@ def gradients(
     Returns:
         (sum of loss * count, sum of count) of this process in float64, and the last micro-batch's losses.
     """
-    exact = torch.float32 if world.device.type == "mps" else torch.float64
+    exact = _exact(world)
     terms: list[Tensor] = []
     counts: list[Tensor] = []
     share: Tensor | None = None
@@ -109,18 +110,20 @@ def evaluate(
     model = placed.bare
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
+    exact = _exact(world)
+    total = torch.zeros(2, dtype=exact, device=world.device)
     for batch, real in _in_step(batches, world) if placed.sharded else ((b, True) for b in batches):
         with autocast(precision, world.device):
             losses = objective(model, to_device(batch, world.device))
         if real:
-            total += torch.stack([losses["loss"].double() * losses["count"], losses["count"].double()])
+            count = losses["count"].to(exact)
+            total += torch.stack([losses["loss"].to(exact) * count, count])
     model.train(was_training)
     placed.reshard()
-    weighted, count = world.total(total).tolist()
-    if not count:
+    weighted, counted = world.total(total).tolist()
+    if not counted:
         raise LaminaError("the evaluation counted nothing: every target is padding, or there is no batch")
-    return float(weighted / count)
+    return float(weighted / counted)
 
 
 def _in_step(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
@@ -138,6 +141,11 @@ def _in_step(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bo
                 f"process {world.rank} has no row to evaluate: the set is smaller than the number of processes"
             )
         yield last, batch is not None
+
+
+def _exact(world: World) -> torch.dtype:
+    """In float64 (loss * count) / count is the loss itself, to the bit."""
+    return torch.float32 if world.device.type == "mps" else torch.float64
 
 
 def _share(count: Tensor, world: World) -> Tensor:
@@ -160,6 +168,23 @@ def _average_own_gradients(objective: Any, world: World) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad.div_(world.size))
+
+
+def complete_optimizer(optimizer: Optimizer, objective: Any) -> Optimizer:
+    """Add the objective's own parameters as a group, and remember each group's rate as `initial_lr`."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = [p for p in own_parameters(objective) if id(p) not in held]
+    if own:
+        optimizer.add_param_group({"params": own})
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return optimizer
+
+
+def set_rates(optimizer: Optimizer, multiplier: float) -> None:
+    """Set the learning rate of each group to a multiple of its initial one."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier
 
 
 def own_parameters(objective: Any) -> list[Parameter]:

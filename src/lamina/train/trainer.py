@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lamina.batches import Batch, bare, to_device
-from lamina.data import Data, Loader, one_pass
+from lamina.batches import bare, to_device
+from lamina.data import Data, Loader
 from lamina.errors import LaminaError, PlanError
 from lamina.gradients.reducer import Reducer
 from lamina.objectives.objective import Objective
@@ -27,7 +26,7 @@ from lamina.train.outcome import Run, Stage, Stopwatch, count, forget_peak, peak
 from lamina.train.phases import Scheduled
 from lamina.train.precision import loss_scaler
 from lamina.train.progress import display
-from lamina.train.step import evaluate, gradients, own_parameters, size_of
+from lamina.train.step import complete_optimizer, evaluate, gradients, set_rates, size_of
 
 
 class Trainer:
@@ -67,6 +66,8 @@ class Trainer:
     ) -> None:
         if data.evaluation is None and options.evaluate_every:
             raise LaminaError(f"evaluate_every is {options.evaluate_every}, but {data.name} has no evaluation set")
+        if options.precision == "fp16" and placement is not None and placement.shard > 1:
+            raise PlanError("fp16 scales the loss by whole gradients, and shard has only parts: use bf16 with shard")
         self.model, self.data, self.objective, self.make_optimizer = bare(model), data, objective, optimizer
         self.options, self.reducer, self.placement, self.schedule = options, reducer, placement, schedule
         self.rewrites = phases.in_order(rewrites, options.steps)
@@ -92,15 +93,16 @@ class Trainer:
             self._begin(resume)
             with display(self.options.steps, start=self.step, unit=self.unit, shown=self.world.first) as self.display:
                 while self.step < self.options.steps and not self._stopped():
-                    self._rewrite_what_is_due()
+                    for scheduled in self._due():
+                        self._rewrite(scheduled)
                     self._train()
                     self._look_around()
             return self._end()
 
     def _begin(self, resume: bool) -> None:
         o, world = self.options, self.world
-        if self.reducer is not None and tuple(self.reducer.tasks(0, world.rank, world.size)) != (world.rank,):
-            raise PlanError(f"{type(self.reducer).__name__} gives a process other shards than its own: not supported")
+        if self.step or self.optimizer is not None:
+            raise LaminaError("fit() was called already: make another Trainer")
         torch.manual_seed(o.seed + world.rank)
         if isinstance(self.objective, nn.Module):
             self.objective.to(world.device)
@@ -117,7 +119,7 @@ class Trainer:
             self.stages[0].loss_before = self._measure()
         while loaded is None and self.done < len(self.rewrites) and self.rewrites[self.done].at == "before":
             self._rewrite(self.rewrites[self.done])
-        self._make_optimizer()
+        self.optimizer = complete_optimizer(self.make_optimizer(self.model), self.objective)
         if loaded is not None:
             self._restore(loaded)
         self._tell(self.step / o.steps)
@@ -134,15 +136,6 @@ class Trainer:
         )
         self.placed.module.train()
         self.listeners = phases.listeners(self.model, self.objective)
-
-    def _make_optimizer(self) -> None:
-        self.optimizer = self.make_optimizer(self.model)
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        own = [p for p in own_parameters(self.objective) if id(p) not in held]
-        if own:
-            self.optimizer.add_param_group({"params": own})
-        for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
 
     def _train(self) -> None:
         """One optimizer step; nothing here waits for the device."""
@@ -187,10 +180,7 @@ class Trainer:
         if not self.losses:
             return
         self.loss, steps = self.losses.read(self.step, self.world, self.folder.last())
-        stage, seconds = self.stages[-1], self.watch.lap()
-        stage.seconds += seconds
-        stage.memory = max(stage.memory, peak_memory(self.world.device))
-        rate = stage.items / stage.steps * steps / seconds
+        rate = self.stages[-1].trained(steps, self.watch.lap(), peak_memory(self.world.device))
         self.folder.metrics.append(
             {
                 "event": "step",
@@ -215,15 +205,8 @@ class Trainer:
 
     def _measure(self) -> float:
         same_buffers(self.placed)
-        precision = self.options.precision
-        return evaluate(self.placed, self.objective, self._evaluation(), world=self.world, precision=precision)
-
-    def _evaluation(self) -> Iterable[Batch]:
-        """Return the evaluation set; without one, a few batches of the training data."""
-        if self.data.evaluation is None:
-            return phases.Calibration(self.data, self.options.seed, self.world.device)
-        batches = one_pass(self.data.evaluation, self.data.batch, rank=self.world.rank, world=self.world.size)
-        return itertools.islice(batches, self.options.evaluate_batches)
+        batches = phases.held_out(self.data, self.options, self.world)
+        return evaluate(self.placed, self.objective, batches, world=self.world, precision=self.options.precision)
 
     def _stopped(self) -> bool:
         """Early stop; never with a rewrite still to come in training."""
@@ -233,10 +216,6 @@ class Trainer:
 
     def _due(self) -> list[Scheduled]:
         return [r for r in self.rewrites[self.done :] if r.due(self.options.steps) <= self.step]
-
-    def _rewrite_what_is_due(self) -> None:
-        for scheduled in self._due():
-            self._rewrite(scheduled)
 
     def _rewrite(self, scheduled: Scheduled) -> None:
         """Take the model back, let the pass rewrite it, place it again, and measure it before and after."""
@@ -267,9 +246,7 @@ class Trainer:
         for listener in self.listeners:
             listener.set_progress(fraction)
         if self.schedule is not None and self.optimizer is not None:
-            rate = self.schedule(fraction)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate
+            set_rates(self.optimizer, self.schedule(fraction))
 
     def _save(self) -> None:
         same_buffers(self.placed)
