@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
-SNIPPET = re.compile(r"```python\n(.*?)```(?:\n\n((?:    .*\n)+))?", re.DOTALL)
+SNIPPET = re.compile(r"```python\n(.*?)```(?:\n\n((?:    [^\n]*\n)+))?", re.DOTALL)
 
 
 def snippets():
