@@ -135,6 +135,7 @@ def test_a_process_killed_at_random_moments_goes_on_with_the_same_numbers(tmp_pa
     assert numbers(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_a_checkpoint(tmp_path, uninterrupted) -> None:
     # Between the tensors and the rename: the half checkpoint lies there when the next process starts.
     process = start(tmp_path, slow=0.01)

@@ -206,6 +206,7 @@ def test_low_precision_learns_like_full(tmp_path, precision) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_a_compiled_model_gives_the_same_curve(tmp_path) -> None:
     # A fresh model in the middle, so that the second half is compiled anew.
     for name, compile in (("a", False), ("b", True)):
@@ -218,7 +219,7 @@ def test_a_compiled_model_gives_the_same_curve(tmp_path) -> None:
 def test_fit_runs_once() -> None:
     one = trainer(steps=1)
     one.fit()
-    with pytest.raises(LaminaError, match="fit.. was called already"):
+    with pytest.raises(LaminaError, match="was called already"):
         one.fit()
 
 
