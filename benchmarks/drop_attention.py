@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 from benchmarks.harness import Row, pair, write
 from lamina.rewrite import DropAttention, rewrite
 
-SAMPLES, CONTEXT, BATCH = 128, 64, 32
+SAMPLES, CONTEXT, BATCH = 64, 64, 32
 
 
 def minilm() -> torch.nn.Module:

@@ -543,6 +543,8 @@ def test_consecutive_blocks_are_the_run_that_changes_least() -> None:
         seen.insert(0, model.model.embed_tokens(tokens()))
     scores = [float(F.cosine_similarity(seen[i], seen[i + 2], dim=-1).mean()) for i in range(4)]
     decision = DropBlock(2, order="consecutive").decide(model, [{"input_ids": tokens()}])
+    found = similarity(model, anatomy.dissect(model).trunk(), [{"input_ids": tokens()}] * 2, span=2)
+    assert found.runs == pytest.approx(scores, abs=1e-6)
     best = max(range(4), key=lambda i: scores[i])
     assert decision.blocks == (best, best + 1)
     assert 0 not in DropBlock(2, order="consecutive", protect=[0]).decide(model, batches()).blocks
