@@ -60,7 +60,7 @@ FLAT = ("identity", "pool", "attention", "spatial_linear")
     "or residual",
     bar="gap(ours) >= 0.20 and gap(ours) - 3 * spread(ours) >= 0, 3 seeds",
     seeds=(0, 1, 2),
-    budget="90s",
+    budget="3m",
 )
 def run(seed: int, device: torch.device) -> Measurement:
     """Measure every mixer in the template, and pooling without it; report the caveat and the sizes."""
