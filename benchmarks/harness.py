@@ -31,6 +31,8 @@ class Row:
     goal: str
     milliseconds: tuple[float, float]
     """Medians, ours and peer, on this machine: for orientation only."""
+    added_seconds: float | None = None
+    """Median of ours - peer, pair by pair, where the goal is about that."""
 
 
 def pair(

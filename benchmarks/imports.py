@@ -47,15 +47,15 @@ def measure(rounds: int) -> dict[str, list[float]]:
 
 
 def row(name: str, peer: str, taken: dict[str, list[float]]) -> Row:
-    """Compare one command with another, round by round; what it adds is part of the row's name."""
+    """Compare one command with another, round by round."""
     a, b = taken[name], taken[peer]
     low, _, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
     added = statistics.median(x - y for x, y in zip(a, b, strict=True))
     middle = statistics.median(a), statistics.median(b)
     goal = GOALS.get(name, "none")
-    what = f"{name}: {middle[0]:.2f} s, {added:+.3f} s beside {peer}"
-    print(f"{what}  (goal {goal})", flush=True)
-    return Row(what, name, peer, middle[0] / middle[1], (low, high), goal, (middle[0] * 1e3, middle[1] * 1e3))
+    print(f"{name}: {middle[0]:.2f} s, {added:+.3f} s beside {peer}  (goal {goal})", flush=True)
+    milliseconds = middle[0] * 1e3, middle[1] * 1e3
+    return Row("fresh process", name, peer, middle[0] / middle[1], (low, high), goal, milliseconds, added)
 
 
 def main() -> None:

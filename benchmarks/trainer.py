@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import itertools
 import logging
 import os
 import statistics
@@ -78,7 +79,7 @@ class Clock:
     def steps(self) -> list[float]:
         """Seconds a step, one figure a window."""
         edges = self.stamps[SKIP::WINDOW]
-        return [(b - a) / WINDOW for a, b in zip(edges, edges[1:], strict=False)]
+        return [(b - a) / WINDOW for a, b in itertools.pairwise(edges)]
 
 
 def task(*overrides: str, windows: int) -> Task:
@@ -125,7 +126,7 @@ def bare_loop(given: Task, model: nn.Module) -> None:
 
 
 def lightning(given: Task, model: nn.Module) -> None:
-    import lightning as L  # noqa: N812
+    import lightning as L
 
     class Module(L.LightningModule):
         def __init__(self) -> None:
