@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from tests.malformed_recipes import BASE, KEY, OPEN, WHOLE
 
 # Imported here, so that the parts of this package are registered before a test replaces the registry.
-from lamina import _yaml, recipe, registry
+from lamina import recipe, registry
 from lamina.errors import LaminaError, MissingExtra, RecipeError
-from lamina.recipe import Choice, Node, Recipe, build, check, dump, factory, load, override
+from lamina.recipe import Choice, Node, Recipe, _yaml, build, check, dump, factory, load, override
 from lamina.registry import Slot, register
 
 
