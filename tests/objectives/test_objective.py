@@ -215,6 +215,7 @@ def test_a_sum_calls_the_model_once_and_adds_weighted_terms():
     losses = total(model, batch)
     assert len(calls) == 1
     torch.testing.assert_close(losses["loss"], 2 * one(model, batch)["loss"] + 0.25 * two(model, batch)["loss"])
+    assert torch.equal(losses["measure"], one(model, batch)["loss"])
     assert total.needs == "model"
     assert {"text", "teacher", "teacher.hidden"} <= set(losses)
     with pytest.raises(LaminaError, match="teacher needs the model"):

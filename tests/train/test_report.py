@@ -75,7 +75,6 @@ def test_the_page_says_what_the_run_did_and_needs_no_other_file(folder):
         "Evaluation loss 4.0000 → 4.2500 at that moment.",
         "7 parameters kept, 1 derived, 0 fresh, 2 dropped",
         "at 60 % of training (step 6)",
-        "after drop_attention",
         "model: <transformer>",
     ):
         assert words in text, words
@@ -86,7 +85,7 @@ def test_the_page_says_what_the_run_did_and_needs_no_other_file(folder):
 
 def test_the_table_has_rate_and_memory(folder):
     assert report.stage_cells(STAGES[1]) == [
-        "after drop_attention", "4.2500", "3.1250", "750", "300", "2 MiB", "4",
+        "drop_attention", "4.2500", "3.1250", "750", "300", "2 MiB", "4",
     ]  # fmt: skip
     assert report.stage_cells(Stage("start", 5)) == ["start", "-", "-", "5", "-", "-", "0"]
 

@@ -15,7 +15,15 @@ from lamina.errors import LaminaError
 from lamina.registry import snake_case
 
 Losses = dict[str, Tensor]
-"""`loss` (0-dim, a mean), `count` (0-dim: what that mean is over), the rest is logged."""
+"""`loss` (0-dim, a mean), `count` (0-dim: what that mean is over), the rest is logged.
+
+`measure` (0-dim, optional) is what evaluations compare where it is not the loss: a sum's first term, so that a teacher
+that comes and goes does not change what is measured.
+"""
+
+
+OWN_KEYS = frozenset({"loss", "count", "measure"})
+"""Keys of `Losses` that have a meaning; all others are logged."""
 
 
 @runtime_checkable
@@ -113,8 +121,9 @@ class WeightedSum(nn.Module):
         for name, weight, losses in zip(self.names, self.weights, found, strict=True):
             total = total + weight * losses["loss"]
             result[name] = losses["loss"].detach()
-            result.update({f"{name}.{k}": v.detach() for k, v in losses.items() if k not in ("loss", "count")})
-        return {"loss": total, "count": found[0]["count"], **result}
+            result.update({f"{name}.{k}": v.detach() for k, v in losses.items() if k not in OWN_KEYS})
+        measure = found[0].get("measure", found[0]["loss"]).detach()
+        return {"loss": total, "count": found[0]["count"], "measure": measure, **result}
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Yield the trained parameters of all terms."""

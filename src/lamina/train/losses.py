@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lamina.objectives.objective import OWN_KEYS
 from lamina.train.distributed import World
 from lamina.train.precision import check_finite
 
@@ -38,7 +39,7 @@ class PendingLosses:
 
     def beside(self) -> dict[str, float]:
         """Return the last step's other losses (of this process's last micro-batch)."""
-        return {k: float(v) for k, v in self.last.items() if k not in ("loss", "count") and v.numel() == 1}
+        return {k: float(v) for k, v in self.last.items() if k not in OWN_KEYS and v.numel() == 1}
 
     def __len__(self) -> int:
         return len(self.pairs)

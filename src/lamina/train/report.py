@@ -71,14 +71,14 @@ def write(folder: str | Path, stages: Sequence[Stage] = (), *, title: str | None
     return path
 
 
-HEADER = ("model", "loss, first", "loss, last", "parameters", "per second", "memory", "steps")
+HEADER = ("after", "loss", "loss, end", "parameters", "per s", "memory", "steps")
 """Columns of the table that a run ends with."""
 
 
 def stage_cells(stage: Stage) -> list[str]:
     """Word one stage for the table: losses, parameters, tokens (or rows) a second, memory, steps."""
     return [
-        stage.name if stage.name == "start" else f"after {stage.name}",
+        stage.name,
         "-" if stage.loss_before is None else f"{stage.loss_before:.4f}",
         "-" if stage.loss_after is None else f"{stage.loss_after:.4f}",
         f"{stage.parameters:,}",

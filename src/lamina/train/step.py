@@ -102,7 +102,7 @@ def size_of(batch: Batch) -> tuple[int, str]:
 def evaluate(
     placed: Placed, objective: Any, batches: Iterable[Batch], *, world: World, precision: Precision = "fp32"
 ) -> float:
-    """Return the mean loss over all batches of all processes, weighted by count; the model's mode is kept.
+    """Return the mean loss (or `measure`) over all batches and processes, weighted by count; the mode is kept.
 
     Processes may have unequally many batches.
     """
@@ -117,7 +117,8 @@ def evaluate(
             losses = objective(model, to_device(batch, world.device))
         if real:
             count = losses["count"].to(exact)
-            total += torch.stack([losses["loss"].to(exact) * count, count])
+            value = losses.get("measure", losses["loss"])
+            total += torch.stack([value.to(exact) * count, count])
     model.train(was_training)
     placed.reshard()
     weighted, counted = world.total(total).tolist()
