@@ -129,7 +129,7 @@ def score_chart(scores: Mapping[str, Sequence[float]], gone: Mapping[str, Sequen
             bars[index].set_edgecolor("black")
     axis.set_xlabel("block (hatched: gone)")
     axis.set_ylabel("score")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return _svg(figure)
 
 
