@@ -8,6 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+
+def runs_bf16_lstm() -> bool:
+    """Torch's LSTM has no bf16 kernel on processors without AVX-512."""
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(1, 1)(torch.zeros(1, 1, 1))
+    except RuntimeError:
+        return False
+    return True
+
+
 Maker = Callable[[], tuple[nn.Module, Mapping[str, Any]]]
 
 

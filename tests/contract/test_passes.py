@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from tests.contract.collect import label, make, of
-from tests.contract.foreign import ALL, FOREIGN
+from tests.contract.foreign import ALL, FOREIGN, runs_bf16_lstm
 from torch import nn
 
 from lamina import io
@@ -122,9 +122,10 @@ def test_a_rewritten_model_trains_compiles_and_copies(example, where):
         whole = not any(isinstance(m, nn.RNNBase) for m in model.modules())
         compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=whole)
         torch.testing.assert_close(out(compiled, batch), expected, rtol=1e-4, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = out(model, batch).float()
-    assert (rounded - expected).abs().max() <= 0.1 * expected.abs().max().clamp(min=0.1)
+    if runs_bf16_lstm() or not any(isinstance(m, nn.LSTM) for m in model.modules()):
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = out(model, batch).float()
+        assert (rounded - expected).abs().max() <= 0.1 * expected.abs().max().clamp(min=0.1)
     logits(call(model.train(), batch)).float().square().mean().backward()
     for name, p in model.named_parameters():
         assert not p.requires_grad or p.grad is not None, f"no gradient reaches {name}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -18,11 +18,26 @@ class TrainingError(LaminaError):
     """Training cannot go on: the loss is no number, the disk is full, another process ended."""
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context under which the model and its objective run."""
+@contextmanager
+def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Run the model and its objective in this precision.
+
+    Raises:
+        TrainingError: the processor has no kernel for a layer in it (torch's LSTM in bf16 needs AVX-512 on a CPU).
+    """
     if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
+        yield
+        return
+    try:
+        with torch.autocast(device.type, dtype=DTYPES[precision]):
+            yield
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+        reason = str(error).partition(". ")[0]
+        raise TrainingError(
+            f"this processor cannot run a layer of the model in {precision} ({reason}): set precision to fp32"
+        ) from error
 
 
 def loss_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
