@@ -589,6 +589,28 @@ def test_decide_leaves_modes_and_hooks_as_they_were() -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_decide_leaves_what_a_forward_would_write_and_runs_no_eval_of_the_models_own() -> None:
+    class Noting(Plain):
+        def __init__(self) -> None:
+            super().__init__(0.5, 0.1, 0.2)
+            self.calls, self.merged = 0, False
+            self.register_buffer("last", None)
+
+        def train(self, mode: bool = True) -> nn.Module:
+            # As LoRA layers do: a mode is more than a flag.
+            self.merged = not mode
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = x
+            return super().forward(x)
+
+    model = Noting().train()
+    DropAttention(1).decide(model, [{"inputs": torch.randn(2, 5, 4)}])
+    assert (model.calls, model.merged, model.last, model.training) == (0, False, None, True)
+
+
 def test_decisions_are_json_and_apply_on_meta() -> None:
     model = llama()
     decision = DropSublayers(3).decide(model, batches())

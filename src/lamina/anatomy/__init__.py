@@ -18,6 +18,7 @@ from lamina.anatomy._edit import get as get
 from lamina.anatomy._edit import keep_blocks as keep_blocks
 from lamina.anatomy._edit import nearest_config
 from lamina.anatomy._edit import swap as swap
+from lamina.anatomy._look import undisturbed as undisturbed
 from lamina.anatomy._read import flow_of, read_block
 from lamina.anatomy._shape import FEED_FORWARD, config_of, context_of, first_number, head_sizes, vocabulary_of
 from lamina.anatomy._tree import channels, is_norm, join, widths

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.anatomy._edit import get
+from lamina.anatomy._look import undisturbed
 from lamina.anatomy._tree import is_head_norm, is_inside, is_norm
 from lamina.batches import Batch, call
 from lamina.errors import AnatomyError
@@ -32,7 +32,7 @@ def trace(model: nn.Module, batch: Batch, paths: set[str]) -> list[Call]:
     """Run one forward pass in eval mode without gradients; list the calls of the modules in the order they ended."""
     calls: list[Call] = []
     with ExitStack() as undo:
-        undo.enter_context(_evaluating(model))
+        undo.enter_context(undisturbed(model))
         undo.enter_context(torch.no_grad())
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
@@ -104,17 +104,6 @@ def measured_norms(
 
 def _within(path: str, outer: tuple[str, ...]) -> bool:
     return any(is_inside(path, o) for o in outer)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _are_neighbours(blocks: tuple[str, ...], one: str, two: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from lamina.anatomy._look import undisturbed
 from lamina.anatomy._tree import is_attention, is_head_norm, is_inside, is_norm, join, widths
 
 _MEMORY = frozenset({"encoder_hidden_states", "memory", "encoder_output", "encoder_outputs", "cross_attention_states"})
@@ -71,21 +72,13 @@ def follow(block: nn.Module) -> Flow | None:
     """Trace a block's residual stream; None where its forward cannot run on symbols."""
     for memory in (True, False):
         tracer = _Tracer()
-        kept = {id(m): (m, dict(vars(m))) for m in block.modules()}
         try:
-            # Evaluation mode: layer drop would leave a branch out by chance.
-            for module, _ in kept.values():
-                module.training = False
-            with torch.random.fork_rng(devices=[]):
+            # Undisturbed: layer drop would leave a branch out by chance, and symbols must not stay on the modules.
+            with undisturbed(block), torch.random.fork_rng(devices=[]):
                 graph = tracer.trace(_Root(block, tracer, memory))
         except Exception:
             # Any code may stand in a forward; the caller then reads the tree alone, and says so where it cannot.
             continue
-        finally:
-            # A forward may leave values on its modules (Swin stores the shift): symbols must not stay there.
-            for module, attributes in kept.values():
-                vars(module).clear()
-                vars(module).update(attributes)
         return _Reader(block, graph, tracer.tuples).read()
     return None
 

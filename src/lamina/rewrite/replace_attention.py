@@ -14,8 +14,7 @@ import fnmatch
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -259,7 +258,7 @@ def _measure(model: nn.Module, places: list[Place], batch: Batch) -> tuple[int, 
     watched |= {p.sublayer.path: partial(attention, path=p.sublayer.path) for p in places}
     like = next(model.parameters())
     moved = {k: v.to(like.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    with torch.no_grad(), _evaluating(model), probe.observe(model, watched):
+    with torch.no_grad(), anatomy.undisturbed(model), probe.observe(model, watched):
         call(model, moved)
     if len(set(lengths.values())) != 1:
         seen = ", ".join(f"{p}: {n}" for p, n in lengths.items()) or "none ran"
@@ -285,17 +284,6 @@ def _squares(length: int) -> list[tuple[int, int]]:
     """Return the largest square that leaves some tokens over, if those may be class and register tokens."""
     side = math.isqrt(length)
     return [(side, side)] if side > 1 else []
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _forget_caches(model: nn.Module) -> None:

@@ -6,14 +6,13 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lamina.anatomy import Block, Sublayer, Trunk, get
+from lamina.anatomy import Block, Sublayer, Trunk, get, undisturbed
 from lamina.batches import Batch, bare, call, to_device
 from lamina.errors import AnatomyError, LaminaError, ShapeError
 from lamina.probe import Callback, observe
@@ -70,7 +69,7 @@ def similarity(
     watch = _Watch(model, trunk, keep_norm, span)
     options = _cheaper(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _evaluating(model), observe(model, watch.callbacks()):
+    with undisturbed(model), observe(model, watch.callbacks()):
         for batch in take(data, samples):
             moved = to_device(batch, device)
             watch.mask = _mask(moved, trunk)
@@ -311,14 +310,3 @@ def _cheaper(model: nn.Module) -> dict[str, Any]:
     """Options of a Hugging Face forward that leave out what scoring does not need."""
     taken = inspect.signature(model.forward).parameters
     return {k: v for k, v in (("use_cache", False), ("logits_to_keep", 1)) if k in taken}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
