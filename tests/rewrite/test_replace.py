@@ -17,6 +17,7 @@ from lamina.nn import ChannelLayerNorm, LayerNormGRU, LayerNormLSTM, LayerNormRN
 from lamina.nn._layer_norm_gru import gru_loop
 from lamina.nn._layer_norm_lstm import lstm_loop
 from lamina.rewrite import Replace, ReplaceDecision, history, replay, rewrite
+from lamina.rewrite.conversion import conversion
 from lamina.rewrite.rewriting import to_json
 
 
@@ -207,6 +208,7 @@ def test_replay_on_the_original_and_on_meta() -> None:
     record = history(model)[0]
     assert json.loads(json.dumps(record.decision)) == {
         "paths": ["rnn"], "old": "gru", "new": "layer_norm_gru", "options": {}, "grid": None, "prefix": 0, "seed": 0,
+        "untied": [],
     }  # fmt: skip
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -243,7 +245,7 @@ def test_whatever_a_new_module_draws_comes_from_the_seed_of_the_decision() -> No
         (Tagger(nn.LSTM), Replace("lsmt", "layer_norm_lstm"), LaminaError, "did you mean 'lstm'"),
         (Tagger(nn.LSTM), Replace("lstm", "layer_norm_lsmt"), LaminaError, "did you mean 'layer_norm_lstm'"),
         (Tagger(nn.LSTM), Replace("gru", "layer_norm_gru"), AnatomyError, "has no gru to replace; it has LSTM, "),
-        (Tagger(nn.LSTM), Replace("Linear", "rms_norm"), AnatomyError, "Linear cannot be replaced"),
+        (Tagger(nn.LSTM), Replace("Linear", "rms_norm"), LaminaError, "Linear cannot (become|be replaced)"),
         (nn.LSTM(3, 4, proj_size=2), Replace("lstm", "layer_norm_lstm"), ShapeError, "proj_size=2"),
         (nn.Sequential(nn.LayerNorm(4)), Replace("layer_norm", "rmsnorm"), LaminaError, "did you mean 'rms_norm'"),
         (nn.Sequential(nn.LayerNorm((4, 4))), Replace("layer_norm", "rms_norm"), ShapeError, r"over \(4, 4\)"),
@@ -300,3 +302,76 @@ def test_attention_is_handed_to_its_own_module(monkeypatch: pytest.MonkeyPatch) 
     assert history(model)[0].decision == to_json(
         ReplaceDecision(("0",), "attention", "pooling_mixer", {"kernel_size": 5}, (2, 3), 1)
     )
+
+
+class Doubled(nn.Linear):
+    """A part of somebody else's, called like nn.Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+DOUBLED = "tests.rewrite.test_replace:Doubled"
+
+
+def test_the_head_becomes_any_layer_called_like_a_linear_and_takes_over_what_fits() -> None:
+    model = home_made()
+    before = model.answer.weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(**{"x": vectors()["inputs"]}).sum().backward()
+    optimizer.step()
+    trained = model.answer.weight.detach().clone()
+    momentum = optimizer.state[model.answer.weight]["momentum_buffer"].clone()
+    model = rewrite(model, Replace("head", DOUBLED), optimizer=optimizer)
+    assert history(model)[0].decision["paths"] == ["answer"]
+    assert type(model.answer).__name__ == "Doubled"
+    assert torch.equal(model.answer.weight, trained)
+    assert not torch.equal(trained, before)
+    assert torch.equal(optimizer.state[model.answer.weight]["momentum_buffer"], momentum)
+
+
+def test_linears_are_replaced_by_pattern_and_the_head_of_a_plain_stack_is_its_last_linear() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4), nn.Sigmoid())
+    assert history(rewrite(copy.deepcopy(model), Replace("head", DOUBLED)))[0].decision["paths"] == ["2"]
+    changed = rewrite(copy.deepcopy(model), Replace("linear", DOUBLED, match="0"))
+    x = torch.randn(5, 2)
+    expected = model[3](model[2](torch.relu(2 * model[0](x))))
+    torch.testing.assert_close(changed(x), expected)
+
+
+def test_a_head_tied_to_the_embedding_is_untied_and_says_so() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, use_cache=False)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    embedding = model.transformer.wte.weight
+    assert model.lm_head.weight is embedding
+    model = rewrite(model, Replace("head", DOUBLED))
+    assert history(model)[0].decision["untied"] == ["transformer.wte.weight"]
+    assert model.transformer.wte.weight is embedding
+    assert model.lm_head.weight is not embedding
+    assert torch.equal(model.lm_head.weight, embedding)
+
+
+@pytest.mark.parametrize(
+    ("model", "one", "words"),
+    [
+        (nn.Sequential(nn.ReLU()), Replace("head", DOUBLED), "has no head"),
+        (nn.Sequential(nn.Linear(2, 2)), Replace("head", "gelu"), "Linear cannot be(come 'gelu'| replaced)"),
+        (nn.Sequential(nn.Linear(2, 2)), Replace("linear", DOUBLED, options={"bais": False}), "did you mean 'bias'"),
+        (nn.Sequential(nn.Conv2d(2, 2, 1)), Replace("linear", DOUBLED), "has no linear to replace"),
+    ],
+)
+def test_a_linear_that_cannot_be_replaced_is_refused(model: nn.Module, one: Replace, words: str) -> None:
+    with pytest.raises(LaminaError, match=words):
+        rewrite(model, one)
+
+
+def test_a_conversion_is_registered_once_for_a_role_there_is() -> None:
+    with pytest.raises(LaminaError, match="no role of a layer is called 'linaer'"):
+        conversion("linaer", "gelu")
+
+    def own(old: nn.Module, new: str, options: Any, lineage: Lineage) -> nn.Module:
+        return nn.Identity()
+
+    with pytest.raises(LaminaError, match="two conversions of lstm to layer_norm_lstm"):
+        conversion("lstm", "layer_norm_lstm")(own)

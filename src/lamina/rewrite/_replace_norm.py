@@ -6,14 +6,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from lamina import registry
 from lamina.errors import ShapeError
 from lamina.lineage import Lineage
 from lamina.nn import ChannelLayerNorm, TokenBatchNorm
+from lamina.rewrite.conversion import conversion, take_over
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -24,16 +23,17 @@ def norm_to_norm(old: nn.Module, new: str, options: Mapping[str, Any], lineage: 
     Raises:
         ShapeError: the width cannot be told, or the two normalise different dimensions.
     """
-    return _fill(_build(registry.find("norm", new), old, options), old, lineage)
+    return take_over(_build(registry.find("norm", new), old, options), old, lineage)
 
 
+@conversion("batch_norm", "layer_norm")
 def batch_norm_to_layer_norm(old: nn.Module, new: str, options: Mapping[str, Any], lineage: Lineage) -> nn.Module:
     """Build the layer norm that fits a batch norm's inputs, with its gain and shift.
 
     That is the norm over channels and positions for torch's batch norms, whose channels are dimension 1.
     """
     target = nn.LayerNorm if isinstance(old, TokenBatchNorm) else ChannelLayerNorm
-    return _fill(_build(target, old, options), old, lineage)
+    return take_over(_build(target, old, options), old, lineage)
 
 
 def _build(target: Any, old: nn.Module, options: Mapping[str, Any]) -> nn.Module:
@@ -48,17 +48,6 @@ def _build(target: Any, old: nn.Module, options: Mapping[str, Any]) -> nn.Module
         )
     tensor = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
     return made if tensor is None else made.to(dtype=tensor.dtype)
-
-
-def _fill(made: nn.Module, old: nn.Module, lineage: Lineage) -> nn.Module:
-    for name in ("weight", "bias"):
-        new_value, old_value = getattr(made, name, None), getattr(old, name, None)
-        if isinstance(new_value, Parameter) and isinstance(old_value, Parameter) and new_value.shape == old_value.shape:
-            with torch.no_grad():
-                new_value.copy_(old_value)
-            new_value.requires_grad_(old_value.requires_grad)
-            lineage.derive(new_value, old_value)
-    return made
 
 
 def _width(old: nn.Module) -> int:

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from lamina.errors import ShapeError
 from lamina.lineage import Lineage
 from lamina.nn import LayerNormGRU, LayerNormLSTM, LayerNormRNN
+from lamina.rewrite.conversion import conversion
 
 Net = TypeVar("Net", LayerNormLSTM, LayerNormGRU, LayerNormRNN)
 
@@ -22,6 +23,7 @@ TORCH_TO_OURS = {"LSTM": (0, 1, 3, 2), "GRU": (0, 1, 2), "RNN_TANH": (0,), "RNN_
 """Where each of our gates stands in torch's weights: torch's LSTM is i, f, g, o and ours i, f, o, g."""
 
 
+@conversion("lstm", "layer_norm_lstm")
 def lstm_to_layer_norm(old: nn.Module, new: str, options: Mapping[str, Any], lineage: Lineage) -> nn.Module:
     """Build a `LayerNormLSTM` from an `nn.LSTM`.
 
@@ -34,6 +36,7 @@ def lstm_to_layer_norm(old: nn.Module, new: str, options: Mapping[str, Any], lin
     return _fill(LayerNormLSTM(**_arguments(old), **options), old, lineage)
 
 
+@conversion("gru", "layer_norm_gru")
 def gru_to_layer_norm(old: nn.Module, new: str, options: Mapping[str, Any], lineage: Lineage) -> nn.Module:
     """Build a `LayerNormGRU` from an `nn.GRU`."""
     assert isinstance(old, nn.GRU)
@@ -43,6 +46,7 @@ def gru_to_layer_norm(old: nn.Module, new: str, options: Mapping[str, Any], line
     return made
 
 
+@conversion("rnn", "layer_norm_rnn")
 def rnn_to_layer_norm(old: nn.Module, new: str, options: Mapping[str, Any], lineage: Lineage) -> nn.Module:
     """Build a `LayerNormRNN` from an `nn.RNN`."""
     assert isinstance(old, nn.RNN)

@@ -1,7 +1,7 @@
 """Replace one kind of layer by another; weights and optimizer state go along where a map between the two exists.
 
-Known maps: torch's recurrent nets to their layer-normalised twins, batch norm to layer norm, and any norm to any
-registered norm. `attention` is a role, found by anatomy: see `lamina.rewrite.replace_attention`.
+The maps are the functions registered by `lamina.rewrite.conversion`. Two roles are found by anatomy, not by type:
+`head`, the last projection, and `attention` (see `lamina.rewrite.replace_attention`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,30 +20,10 @@ from lamina import anatomy, registry
 from lamina.batches import Batch
 from lamina.errors import AnatomyError, LaminaError, RecipeError, nearest
 from lamina.lineage import Lineage
-from lamina.nn import TokenBatchNorm
 from lamina.registry import register
-from lamina.rewrite._replace_norm import batch_norm_to_layer_norm, norm_to_norm
-from lamina.rewrite._replace_recurrent import gru_to_layer_norm, lstm_to_layer_norm, rnn_to_layer_norm
-
-Conversion = Callable[[nn.Module, str, Mapping[str, Any], Lineage], nn.Module]
-"""Builds the successor of a module: (module, registered name of the new one, its options, lineage)."""
-
-CONVERSIONS: dict[tuple[str, str], Conversion] = {
-    ("lstm", "layer_norm_lstm"): lstm_to_layer_norm,
-    ("gru", "layer_norm_gru"): gru_to_layer_norm,
-    ("rnn", "layer_norm_rnn"): rnn_to_layer_norm,
-    ("batch_norm", "layer_norm"): batch_norm_to_layer_norm,
-}
-"""The maps that know both ends; any other pair of norms goes through `norm_to_norm`."""
-
-ROLES: dict[str, tuple[type[nn.Module], ...]] = {
-    "lstm": (nn.LSTM,),
-    "gru": (nn.GRU,),
-    "rnn": (nn.RNN,),
-    "batch_norm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, TokenBatchNorm),
-    "group_norm": (nn.GroupNorm,),
-}
-"""What may be replaced under a name that is not a registered norm's own; exact types, as a subclass may differ."""
+from lamina.rewrite import _replace_recurrent as _replace_recurrent
+from lamina.rewrite._replace_norm import norm_to_norm
+from lamina.rewrite.conversion import HEAD, ROLES, Conversion, find_conversion, role_of, targets
 
 
 @dataclass(frozen=True)
@@ -62,6 +42,8 @@ class ReplaceDecision:
     """How many class and register tokens stand before the grid; only where attention is replaced."""
     seed: int = 0
     """Of whatever the new modules draw."""
+    untied: tuple[str, ...] = ()
+    """Parameters that were shared with a replaced layer, and are not any more (the embedding of a tied head)."""
 
 
 @register("pass", source="Ba, Kiros, Hinton (2016), arXiv 1607.06450; Yu et al. (2022), arXiv 2111.11418")
@@ -72,9 +54,10 @@ class Replace:
     new one has them; running statistics are dropped. What is copied keeps its optimizer state.
 
     Args:
-        old: `lstm`, `gru`, `rnn`, `batch_norm`, `group_norm`, `attention`, a registered norm, or the name of a norm
-            class that the model uses (`LlamaRMSNorm`).
-        new: registered name of the replacement.
+        old: `head` (the last projection), `attention`, `linear`, `conv2d`, `lstm`, `batch_norm` or another key of
+            `lamina.rewrite.conversion.ROLES`, a registered norm, or the name of a norm class that the model uses
+            (`LlamaRMSNorm`).
+        new: registered name of the replacement; for `head` and `linear` any layer called like `nn.Linear(in, out)`.
         match: pattern of the paths to replace, such as `encoder.*`; default all.
         options: for the new module, besides its sizes.
         grid: (rows, columns) of the tokens, for attention where it cannot be told from the model.
@@ -119,11 +102,12 @@ class Replace:
             )
             return dataclasses.replace(decision, seed=self.seed)
         found = _find(model, self.old, self.match)
-        _check_options(self.new, self.options, next(iter(found.values())))
+        _check_options(self.old, self.new, self.options, next(iter(found.values())))
         with torch.device("meta"):
             for module in found.values():
-                _convert(module, self.new, self.options, Lineage())
-        return ReplaceDecision(tuple(found), self.old, self.new, dict(self.options), seed=self.seed)
+                _convert(module, self.old, self.new, self.options, Lineage())
+        untied = _shared_outside(model, list(found.values()))
+        return ReplaceDecision(tuple(found), self.old, self.new, dict(self.options), seed=self.seed, untied=untied)
 
     def apply(self, model: nn.Module, decision: ReplaceDecision, lineage: Lineage) -> nn.Module:
         """Put the successors in place; return the model (or, where it was itself replaced, its successor)."""
@@ -136,7 +120,7 @@ class Replace:
             for path in decision.paths:
                 old = model.get_submodule(path)
                 with torch.device(_device(old, model)):
-                    new = _convert(old, decision.new, decision.options, lineage)
+                    new = _convert(old, decision.old, decision.new, decision.options, lineage)
                 if not path:
                     return new
                 anatomy.swap(model, path, new, all=True)
@@ -145,16 +129,24 @@ class Replace:
 
 
 def _find(model: nn.Module, old: str, match: str | None) -> dict[str, nn.Module]:
+    if old == HEAD:
+        path = anatomy.find_head(model)
+        found = {path: anatomy.get(model, path)}
+        return _matching(model, old, match, found)
     known = _types(old)
     here = {type(m).__name__ for m in model.modules()}
     found = {p: m for p, m in model.named_modules() if (type(m) in known if known else type(m).__name__ == old)}
     if not known and not found:
-        choices = {*ROLES, *registry.names("norm"), "attention", *here}
+        choices = {*ROLES, *registry.names("norm"), "attention", HEAD, *here}
         raise LaminaError(
             f"no kind of layer is called {old!r}, and {type(model).__name__} has none{nearest(old, choices)}"
         )
     if not found:
         raise AnatomyError(f"{type(model).__name__} has no {old} to replace; it has {', '.join(sorted(here))}")
+    return _matching(model, old, match, found)
+
+
+def _matching(model: nn.Module, old: str, match: str | None, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     kept = {p: m for p, m in found.items() if match is None or fnmatch.fnmatchcase(p, match)}
     if not kept:
         raise AnatomyError(
@@ -172,21 +164,21 @@ def _types(old: str) -> tuple[type, ...]:
     return ()
 
 
-def _convert(module: nn.Module, new: str, options: Mapping[str, Any], lineage: Lineage) -> nn.Module:
+def _convert(module: nn.Module, old: str, new: str, options: Mapping[str, Any], lineage: Lineage) -> nn.Module:
     """Build the successor of a module, in its dtype and mode, on the device of the context."""
-    made = _conversion(module, new)(module, new, options, lineage)
+    made = _conversion(module, old, new)(module, new, options, lineage)
     return made.train(module.training)
 
 
-def _conversion(module: nn.Module, new: str) -> Conversion:
-    role = _role(module)
-    exact = CONVERSIONS.get((role, new))
+def _conversion(module: nn.Module, old: str, new: str) -> Conversion:
+    role = HEAD if old == HEAD else role_of(module)
+    exact = find_conversion(role, new)
     if exact is not None:
         return exact
     is_norm = "norm" in type(module).__name__.lower()
-    allowed = {n for r, n in CONVERSIONS if r == role} | set(registry.names("norm") if is_norm else ())
+    allowed = targets(role) | set(registry.names("norm") if is_norm else ())
     if not allowed:
-        olds = ", ".join(sorted({*(r for r, _ in CONVERSIONS), "attention", "any norm"}))
+        olds = ", ".join(sorted({*(r for r in ROLES if targets(r)), "attention", "linear", HEAD, "any norm"}))
         raise AnatomyError(f"a {type(module).__name__} cannot be replaced; these can: {olds}")
     if not is_norm or (new not in allowed and ":" not in new):
         raise LaminaError(
@@ -196,19 +188,30 @@ def _conversion(module: nn.Module, new: str) -> Conversion:
     return norm_to_norm
 
 
-def _role(module: nn.Module) -> str:
-    return next((role for role, types in ROLES.items() if type(module) in types), "")
-
-
-def _check_options(new: str, options: Mapping[str, Any], example: nn.Module) -> None:
-    _conversion(example, new)
-    kind = "layer" if new in registry.names("layer") else "norm"
+def _check_options(old: str, new: str, options: Mapping[str, Any], example: nn.Module) -> None:
+    _conversion(example, old, new)
+    kind = next((k for k in ("layer", "mixer") if new in registry.names(k)), "norm")
+    if ":" in new:
+        kind = "norm" if "norm" in type(example).__name__.lower() else "layer"
     accepted = inspect.signature(registry.find(kind, new)).parameters
     if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return
     for name in options:
         if name not in accepted:
             raise RecipeError(f"{new} has no option {name!r}{nearest(name, accepted)}; it has {', '.join(accepted)}")
+
+
+def _shared_outside(model: nn.Module, replaced: list[nn.Module]) -> tuple[str, ...]:
+    """Name the parameters of the rest of the model that a replaced layer holds too."""
+    going = {id(m) for module in replaced for m in module.modules()}
+    taken = {id(p) for module in replaced for p in module.parameters()}
+    return tuple(
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if id(module) not in going
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in taken
+    )
 
 
 def _device(module: nn.Module, model: nn.Module) -> torch.device:
