@@ -29,6 +29,7 @@ from lamina.anatomy._types import Shape as Shape
 from lamina.anatomy._types import Sublayer as Sublayer
 from lamina.anatomy._types import Trunk as Trunk
 from lamina.batches import Batch, bare
+from lamina.errors import AnatomyError
 
 _CAUSAL_TYPES = frozenset({
     *("bloom", "clip_text_model", "codegen", "ctrl", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama"),
@@ -61,6 +62,23 @@ def dissect(model: nn.Module, batch: Batch | None = None, *, blocks: str | None 
         final_norm=tree.final_norm(model, stacks[-1], stacks, width),
         head=tree.head(model, stacks[-1], stacks, width),
     )
+
+
+def find_head(model: nn.Module) -> str:
+    """Return the path of the last projection: the one after the trunk, else the last `nn.Linear` of the module tree.
+
+    Raises:
+        AnatomyError: the model has no projection at all.
+    """
+    model = bare(model)
+    try:
+        found = dissect(model).head
+    except AnatomyError:
+        found = None
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if found is None and not linears:
+        raise AnatomyError(f"{type(model).__name__} has no head: it has no nn.Linear at all")
+    return linears[-1] if found is None else found
 
 
 def describe(model: nn.Module) -> Shape:
