@@ -1,6 +1,6 @@
 """Write the generated pages of the docs: one a method, the method table, all parts, the benchmarks.
 
-Run by `make docs` before mkdocs; nothing it writes is kept in git.
+Run by `make docs` before mkdocs; nothing it writes is kept in git but the README's table of methods.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from lamina.experiments.harness import figures, paper_figures
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
+MARKS = ("<!-- methods: written by make docs -->\n", "<!-- /methods -->\n")
+"""Between which the README's table stands."""
 
 
 def main() -> None:
@@ -29,6 +31,21 @@ def main() -> None:
     (folder / "index.md").write_text(method_table(found), encoding="utf-8")
     (DOCS / "parts.md").write_text(parts_page(), encoding="utf-8")
     (DOCS / "benchmarks.md").write_text(benchmarks_page(), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+def with_table(readme: str, found: list[methods.Method]) -> str:
+    """Return the README with today's table of methods."""
+    rows = ["| method | what it is | parts |", "| --- | --- | --- |"]
+    # A module may hold a second experiment on the same method.
+    first = {m.experiment.run.__module__: m for m in reversed(found)}
+    for m in sorted(first.values(), key=lambda m: m.experiment.slug):
+        names = [f"`{p.name}`" for p in m.parts]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        rows.append(f"| {m.experiment.slug} | {m.title} | {', '.join(names[:4])}{more} |")
+    before, _, rest = readme.partition(MARKS[0])
+    return before + MARKS[0] + "\n".join(rows) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2]
 
 
 def method_table(found: list[methods.Method]) -> str:

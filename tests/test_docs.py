@@ -34,3 +34,12 @@ def test_the_readme_is_short_and_shows_code_early():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) < 150
     assert lines.index("```python") < 20
+
+
+def test_the_readme_has_the_table_of_today():
+    from docs.generate import with_table
+
+    from lamina.experiments import methods
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_table(readme, methods.methods()) == readme, "make docs writes it anew"

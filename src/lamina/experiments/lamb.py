@@ -40,6 +40,7 @@ from lamina.errors import require
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.optim import LAMB, parameter_groups, sqrt_batch_rule, warmup_linear
 
+PARTS = ("optimizer lamb", "optimizer lars", "schedule warmup_polynomial")
 BATCHES = (32, 128, 512, 1437)
 BASE_BATCH = 32
 DECAY = 0.01

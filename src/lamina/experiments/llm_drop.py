@@ -52,6 +52,8 @@ from lamina.rewrite import DropAttention, DropDecision, DropSublayers
 from lamina.rewrite._drop_apply import carry_out
 from lamina.rewrite.similarity import Similarity, similarity
 
+PARTS = ("pass drop_attention", "pass drop_mlp", "pass drop_block", "pass drop_sublayers")
+
 STEPS, BATCH, CONTEXT, LR = 700, 16, 96, 2e-3
 HEALING = 60
 RANDOM_SETS = 5
