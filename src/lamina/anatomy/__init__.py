@@ -19,6 +19,9 @@ from lamina.anatomy._edit import keep_blocks as keep_blocks
 from lamina.anatomy._edit import nearest_config
 from lamina.anatomy._edit import swap as swap
 from lamina.anatomy._look import undisturbed as undisturbed
+from lamina.anatomy._projections import Projection as Projection
+from lamina.anatomy._projections import Projections as Projections
+from lamina.anatomy._projections import attention_projections as attention_projections
 from lamina.anatomy._read import flow_of, read_block
 from lamina.anatomy._shape import FEED_FORWARD, config_of, context_of, first_number, head_sizes, vocabulary_of
 from lamina.anatomy._tree import channels, is_norm, join, widths

@@ -4,7 +4,8 @@ A mixer of sequences (`layout` "sequence") takes attention's place as it is. A m
 as rows and columns; class and register tokens in front have no place there: the mixer leaves zero for them, and the
 residual carries them on. So a class token learns nothing of the image in these blocks: where all attentions go, a head
 that reads the class token alone answers the same to every image (this is logged); keep one attention by `match`, or
-read the mean of the cells. The new modules are fresh, so there is no lineage.
+read the mean of the cells. A mixer that has query, key, value and output projections of the same sizes takes over
+those of the attention, with the optimizer's state; options it needs in that place, it names in `instead_of_attention`.
 Source: Yu et al., MetaFormer Is Actually What You Need for Vision (2022), arXiv 2111.11418.
 """
 
@@ -29,6 +30,7 @@ from lamina.errors import AnatomyError, RecipeError
 from lamina.lineage import Lineage
 from lamina.nn.layout import GridAsSequence
 from lamina.recipe import factory
+from lamina.rewrite._carry_attention import carry_projections, offered
 from lamina.rewrite._replaced_attention import ReplacedAttention, masks_of, stream_of
 from lamina.rewrite._skip import _leave_fused_path, returned_rest
 from lamina.rewrite.replace import ReplaceDecision
@@ -93,7 +95,7 @@ def decide_attention(
 
 
 def apply_attention(model: nn.Module, decision: ReplaceDecision, lineage: Lineage) -> nn.Module:
-    """Put the mixers in place; their weights are drawn from the decision's seed. Nothing is derived: all is fresh."""
+    """Put the mixers in place: projections are taken over where they fit, the rest is drawn by the decision's seed."""
     chosen = {p.sublayer.path: p for p in _places(model, None)}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(decision.seed)
@@ -103,7 +105,8 @@ def apply_attention(model: nn.Module, decision: ReplaceDecision, lineage: Lineag
             old, like = anatomy.get(model, path), _example(model, path)
             with torch.device(like.device):
                 new = _shim(model, chosen[path], decision)
-            anatomy.swap(model, path, new.to(like.dtype).train(old.training), all=True)
+            carry_projections(old, new.to(like.dtype), chosen[path].heads, lineage)
+            anatomy.swap(model, path, new.train(old.training), all=True)
             _leave_fused_path(model, chosen[path].block)
     if any(chosen[path].trunk.causal for path in decision.paths):
         _forget_caches(model)
@@ -189,7 +192,7 @@ def _own_norms(sublayer: Sublayer) -> tuple[str, ...]:
 
 def _shim(model: nn.Module, place: Place, decision: ReplaceDecision) -> ReplacedAttention:
     old, sublayer = anatomy.get(model, place.sublayer.path), place.sublayer
-    mixer = _mixer(place, decision)
+    mixer = _mixer(old, place, decision)
     own = _own_norms(sublayer)
     before = old if isinstance(old, ReplacedAttention) else None
     return ReplacedAttention(
@@ -203,15 +206,18 @@ def _shim(model: nn.Module, place: Place, decision: ReplaceDecision) -> Replaced
     )
 
 
-def _mixer(place: Place, decision: ReplaceDecision) -> nn.Module:
+def _mixer(old: nn.Module, place: Place, decision: ReplaceDecision) -> nn.Module:
     given: dict[str, Any] = {"width": place.width, "causal": place.trunk.causal}
+    if "heads" not in decision.options:
+        given |= offered(old, place.heads)
     given |= {} if place.heads is None else {"heads": place.heads}
     context = place.context
     if decision.grid is not None:
         given["grid"] = decision.grid
         context = decision.prefix + math.prod(decision.grid)
     given |= {} if context is None else {"context": context}
-    mixer: nn.Module = factory("mixer", {"name": decision.new, **decision.options})(**given)
+    own = getattr(registry.find("mixer", decision.new), "instead_of_attention", {})
+    mixer: nn.Module = factory("mixer", {"name": decision.new, **own, **decision.options})(**given)
     if place.trunk.causal and not getattr(mixer, "causal", False):
         raise AnatomyError(
             f"{decision.new} is not known to be causal (no true attribute `causal`), but the attention at "
