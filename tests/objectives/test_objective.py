@@ -1,13 +1,13 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from tests.contract.example import Example
 from torch import nn
 
 from lamina.errors import LaminaError, ShapeError
 from lamina.objectives import Classification, Distillation, MaskedToken, NextToken, Regression, WeightedSum
-from lamina.objectives.distillation import soft_divergence
+from lamina.objectives.distillation import relative_gap, soft_divergence
 from lamina.objectives.supervised import next_labels
+from lamina.recipe import build
 
 
 def tokens(rows=3, context=6, vocabulary=11):
@@ -88,7 +88,18 @@ def test_next_token_leaves_padding_out_and_takes_given_labels():
     torch.testing.assert_close(NextToken(shift=True)(model, {"input_ids": ids, "labels": ids})["loss"], given["loss"])
 
 
-@pytest.mark.parametrize("objective", [NextToken(), WeightedSum([(1.0, NextToken()), (0.5, NextToken())])])
+def follows_hidden():
+    teacher = language_model()
+    with torch.no_grad():
+        # Rows of very different size, so that a normaliser over the whole batch would show.
+        teacher[0].weight.mul_(torch.logspace(-1, 1, 11)[:, None])
+        teacher[2].bias.add_(torch.linspace(-1, 1, 11))
+    return Distillation(teacher, hidden={"1": "1"})
+
+
+@pytest.mark.parametrize(
+    "objective", [NextToken(), WeightedSum([(1.0, NextToken()), (0.5, NextToken())]), follows_hidden()]
+)
 def test_count_weighted_micro_batches_give_the_gradient_of_the_whole(objective):
     ids = tokens(4)
     mask = torch.ones_like(ids)
@@ -199,11 +210,93 @@ def test_hidden_states_are_compared_at_the_named_modules_with_gradient():
     losses = objective(model, batch)
     student = model[1](model[0](batch["input_ids"]))
     teacher = objective.teacher[1](objective.teacher[0](batch["input_ids"]))
-    gap = F.mse_loss(student, teacher) / teacher.square().mean()
+    gap = ((student - teacher).square().mean((1, 2)) / teacher.square().mean((1, 2))).mean()
     torch.testing.assert_close(losses["loss"], plain["loss"] + 0.5 * gap)
     losses["loss"].backward()
     assert model[0].weight.grad.abs().sum() > 0
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_row_without_a_kept_position_adds_nothing_to_distillation():
+    model, ids = language_model(), tokens()
+    mask = torch.zeros_like(ids)
+    losses = follows_hidden()(model, {"input_ids": ids, "attention_mask": mask})
+    assert (losses["loss"], losses["count"]) == (0, 0)
+    losses["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_distillation_leaves_out_what_either_labels_or_mask_leave_out():
+    model, ids = language_model(), tokens()
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[0, :2], mask[1, 4:] = -100, 0
+    both = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    assert follows_hidden()(model, both)["count"] == 3 * 6 - 4
+    # States of every position beside one prediction a row: padding is left out, and rows without a label.
+    g = torch.Generator().manual_seed(4)
+    student, teacher = torch.randn(3, 6, 2, generator=g), torch.randn(3, 6, 2, generator=g)
+    found = relative_gap(student, teacher, torch.tensor([True, True, False]), mask)
+    first = (student[0] - teacher[0]).square().mean() / teacher[0].square().mean()
+    second = (student[1, :4] - teacher[1, :4]).square().mean() / teacher[1, :4].square().mean()
+    torch.testing.assert_close(found, (first + second) / 2)
+
+
+def test_hidden_states_of_another_width_are_adapted_by_a_map_that_is_trained_along():
+    teacher = nn.Sequential(nn.Embedding(11, 5), nn.Linear(5, 12), nn.Linear(12, 11))
+    model, batch = language_model(), {"input_ids": tokens()}
+    with pytest.raises(ShapeError, match=r"of '1' differ.*adapt=\{'1': \(8, 12\)\} trains a map"):
+        Distillation(teacher, hidden={"1": "1"})(model, batch)
+    with pytest.raises(LaminaError, match="adapt names '2', which is not in hidden"):
+        Distillation(teacher, hidden={"1": "1"}, adapt={"2": (8, 12)})
+    with pytest.raises(ShapeError, match=r"adapt\['1'\] is for a width of 7, the student has \(3, 6, 8\)"):
+        Distillation(teacher, hidden={"1": "1"}, adapt={"1": (7, 12)})(model, batch)
+    node = {"name": "distillation", "hidden": {"1": "1"}, "adapt": {"1": [8, 12]}}
+    assert [p.shape for p in build(node, "objective").parameters()] == [(12, 8)]
+    objective = Distillation(teacher, hidden={"1": "1"}, adapt={"1": (8, 12)})
+    losses = objective(model, batch)
+    (adaptor,) = objective.parameters()
+    student, goal = model[1](model[0](batch["input_ids"])) @ adaptor.T, teacher[1](teacher[0](batch["input_ids"]))
+    gap = ((student - goal).square().mean((1, 2)) / goal.square().mean((1, 2))).mean()
+    torch.testing.assert_close(losses["hidden"], gap.detach())
+    losses["loss"].backward()
+    assert adaptor.grad.abs().sum() > 0
+    assert len(list(WeightedSum([(1.0, NextToken()), (1.0, objective)]).parameters())) == 1
+
+
+def test_a_sum_carries_the_state_of_every_term():
+    def summed():
+        return WeightedSum([(1.0, MaskedToken(10, 11)), (0.5, follows_hidden())])
+
+    first, ids = summed(), {"input_ids": tokens(20)}
+    first.terms[0].mask(ids)
+    second = summed()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.terms[0].mask(ids)["input_ids"], first.terms[0].mask(ids)["input_ids"])
+
+
+def test_evaluations_of_masked_tokens_can_be_compared_and_move_nothing():
+    model, batch = language_model(), {"input_ids": tokens(20)}
+    objective, untouched = MaskedToken(10, 11), MaskedToken(10, 11)
+    evaluated = [objective(model.eval(), batch)["loss"].item() for _ in range(3)]
+    assert len(set(evaluated)) == 1
+    assert objective(model.train(), batch)["loss"] == untouched(model, batch)["loss"]
+    assert objective(model, batch)["loss"].item() != evaluated[0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (torch.tensor([0, 3]), r"labels from 0 to 3 for 3 classes: they must lie in 0\.\.2, or be -100"),
+        (torch.tensor([-1, 2]), "labels from -1 to 2 for 3 classes"),
+        (torch.tensor([0.0, 1.0]), "whole numbers, got torch.float32"),
+        (torch.tensor([True, False]), "whole numbers, got torch.bool"),
+    ],
+)
+def test_labels_that_are_no_class_are_refused(labels, sentence):
+    with pytest.raises(ShapeError, match=sentence):
+        Classification().loss(torch.zeros(2, 3), {"labels": labels})
+    narrow = Classification().loss(torch.zeros(2, 3), {"labels": torch.tensor([0, 2], dtype=torch.int32)})
+    torch.testing.assert_close(narrow["loss"], torch.tensor(3.0).log())
 
 
 def test_a_sum_calls_the_model_once_and_adds_weighted_terms():

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from lamina import probe
 from lamina.batches import Batch, bare, call, logits
-from lamina.errors import LaminaError, ShapeError
+from lamina.errors import LaminaError, ShapeError, nearest
 from lamina.objectives.objective import Losses, mean
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
@@ -31,10 +31,12 @@ class Distillation(nn.Module):
         teacher: a model, or the recipe node of one; None: the model before its latest rewrite.
         temperature: softens both distributions, > 0.
         hidden: student path -> teacher path of modules whose outputs are compared by mean squared error,
-            divided by the mean square of the teacher's.
+            divided by the mean square of the teacher's in the same row.
         hidden_weight: of that term beside the logits' term.
+        adapt: student path -> (its width, the teacher's): a linear map of the student's last dimension, trained
+            along, for hidden states that differ in it (Romero et al., FitNets (2014), arXiv 1412.6550, equation 3).
     Raises:
-        LaminaError: temperature or weight out of range.
+        LaminaError: temperature, weight or width out of range, or a path in adapt that is not in hidden.
         ShapeError: two compared tensors differ in shape.
     """
 
@@ -45,6 +47,7 @@ class Distillation(nn.Module):
         temperature: float = 2.0,
         hidden: Mapping[str, str] | None = None,
         hidden_weight: float = 1.0,
+        adapt: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0 or not hidden_weight >= 0:
@@ -52,6 +55,7 @@ class Distillation(nn.Module):
         self.temperature = temperature
         self.hidden = dict(hidden or {})
         self.hidden_weight = hidden_weight
+        self.adapt = _adaptors(adapt or {}, self.hidden)
         self.fixed = teacher is not None
         self.teacher: nn.Module | None = None
         self._seen: probe.Captured | None = None
@@ -96,14 +100,15 @@ class Distillation(nn.Module):
         if self.hidden:
             if seen is None or taught is None:
                 raise LaminaError("distillation of hidden states needs the model: call the objective, not its loss()")
-            term = sum_of_gaps([(seen.tensor(s), taught.tensor(t)) for s, t in self.hidden.items()], kept)
+            pairs = {s: (self._adapted(s, seen.tensor(s)), taught.tensor(t)) for s, t in self.hidden.items()}
+            term = sum_of_gaps(pairs, kept, batch.get("attention_mask"))
             losses["hidden"] = term.detach()
             losses["loss"] = losses["loss"] + self.hidden_weight * term
         return losses
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
-        """Yield nothing: the teacher is frozen."""
-        return iter(())
+        """Yield those of the adaptors; the teacher is frozen."""
+        return self.adapt.parameters()
 
     def train(self, mode: bool = True) -> Distillation:
         """Set the mode; the teacher always stays in evaluation mode."""
@@ -111,6 +116,16 @@ class Distillation(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def _adapted(self, path: str, state: Tensor) -> Tensor:
+        key = _key(path)
+        if key not in self.adapt:
+            return state
+        width = int(self.adapt[key].in_features)  # type: ignore[arg-type]
+        if state.shape[-1] != width:
+            raise ShapeError(f"adapt[{path!r}] is for a width of {width}, the student has {tuple(state.shape)} there")
+        adapted: Tensor = self.adapt[key](state)
+        return adapted
 
     def _take(self, teacher: nn.Module) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
@@ -129,20 +144,68 @@ def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Ten
     return temperature**2 * F.kl_div(guess, goal, reduction="none", log_target=True).sum(-1)
 
 
-def sum_of_gaps(pairs: list[tuple[Tensor, Tensor]], kept: Tensor | None) -> Tensor:
-    """Sum over (student, teacher) pairs of mean((s - t)**2) / mean(t**2), over kept positions."""
-    total = pairs[0][0].new_zeros((), dtype=torch.float32)
-    for student, teacher in pairs:
+def sum_of_gaps(pairs: Mapping[str, tuple[Tensor, Tensor]], kept: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """Sum `relative_gap` over (student, teacher) pairs, by the student's path.
+
+    Raises:
+        ShapeError: a pair differs in shape; the path is named.
+    """
+    gaps = []
+    for path, (student, teacher) in pairs.items():
         if student.shape != teacher.shape:
-            raise ShapeError(f"hidden states differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}")
-        s, t = student.float(), teacher.float()
-        mask = kept if kept is not None and kept.shape == s.shape[:-1] else None
-        total = total + mean((s - t).square().mean(-1), mask)["loss"] / mean(t.square().mean(-1), mask)["loss"]
-    return total
+            hint = ""
+            if student.shape[:-1] == teacher.shape[:-1]:
+                hint = f"; adapt={{{path!r}: ({student.shape[-1]}, {teacher.shape[-1]})}} trains a map between them"
+            raise ShapeError(
+                f"hidden states of {path!r} differ: student {tuple(student.shape)}, "
+                f"teacher {tuple(teacher.shape)}{hint}"
+            )
+        gaps.append(relative_gap(student.float(), teacher.float(), kept, mask))
+    return torch.stack(gaps).sum()
+
+
+def relative_gap(student: Tensor, teacher: Tensor, kept: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """Return mean((s - t)**2) / mean(t**2) of each row (B, ...), averaged over rows by how many predictions each keeps.
+
+    Normalised within its row, a batch gives the same however it is cut up.
+
+    Args:
+        kept: predictions that count, (B, ...); as positions they are taken where the shape allows it.
+        mask: attention mask (B, T); padding is left out of states (B, T, ...).
+    """
+    weight, inside = teacher.new_ones(len(teacher)), torch.ones_like(teacher)
+    if kept is not None and len(kept) == len(teacher):
+        weight = kept.flatten(1).sum(1).to(teacher.dtype) if kept.dim() > 1 else kept.to(teacher.dtype)
+    for chosen in (kept, mask):
+        if chosen is not None and chosen.shape == teacher.shape[: chosen.dim()]:
+            inside = inside * chosen.reshape(*chosen.shape, *[1] * (teacher.dim() - chosen.dim()))
+    gap = ((student - teacher).square() * inside).flatten(1).sum(1)
+    size = (teacher.square() * inside).flatten(1).sum(1)
+    # A row without a kept position has neither gap nor size, and no weight.
+    ratio = gap / size.clamp(min=torch.finfo(size.dtype).eps)
+    return (ratio * weight).sum() / weight.sum().clamp(min=1)
+
+
+def _adaptors(widths: Mapping[str, tuple[int, int]], hidden: Mapping[str, str]) -> nn.ModuleDict:
+    for path, pair in widths.items():
+        if path not in hidden:
+            raise LaminaError(f"adapt names {path!r}, which is not in hidden{nearest(path, hidden)}")
+        if len(pair) != 2 or min(pair) < 1:
+            raise LaminaError(f"adapt[{path!r}] must be (student's width, teacher's width), got {tuple(pair)}")
+    return nn.ModuleDict({_key(path): nn.Linear(*pair, bias=False) for path, pair in widths.items()})
+
+
+def _key(path: str) -> str:
+    """Return a path as the name of a module, which has no dots."""
+    return path.replace(".", "/")
 
 
 def _kept(batch: Batch, shape: torch.Size) -> Tensor | None:
+    """Return which predictions count: those with a label and under the attention mask, as far as a batch has these."""
     labels, mask = batch.get("labels"), batch.get("attention_mask")
+    found = []
     if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
-        return labels != -100
-    return mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None
+        found.append(labels != -100)
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        found.append(mask.bool())
+    return torch.stack(found).all(0) if found else None

@@ -79,7 +79,8 @@ class WeightedSum(nn.Module):
         self.weights = [float(weight) for weight, _ in terms]
         self.terms = [objective for _, objective in terms]
         self.names = list(names or (snake_case(type(o).__name__) for o in self.terms))
-        # Registered a second time so that state_dict and .to() reach the terms that are modules.
+        # Registered a second time so that state_dict and .to() reach the terms that are modules; `get_extra_state`
+        # has the others.
         self.parts = nn.ModuleDict({str(i): o for i, o in enumerate(self.terms) if isinstance(o, nn.Module)})
 
     @property
@@ -124,6 +125,18 @@ class WeightedSum(nn.Module):
             result.update({f"{name}.{k}": v.detach() for k, v in losses.items() if k not in OWN_KEYS})
         measure = found[0].get("measure", found[0]["loss"]).detach()
         return {"loss": total, "count": found[0]["count"], "measure": measure, **result}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the state of the terms that are no modules, by number."""
+        return {i: o.state_dict() for i, o in self._stateful()}  # type: ignore[attr-defined]
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take the state of those terms back."""
+        for i, o in self._stateful():
+            o.load_state_dict(state[i])  # type: ignore[attr-defined]
+
+    def _stateful(self) -> list[tuple[str, Objective]]:
+        return [(str(i), o) for i, o in enumerate(self.terms) if str(i) not in self.parts and hasattr(o, "state_dict")]
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Yield the trained parameters of all terms."""

@@ -70,8 +70,9 @@ class NextToken(_FromOutputs):
 class MaskedToken(_FromOutputs):
     """Cross-entropy of hidden tokens: a share of the input is replaced by a mask token and must be restored.
 
-    Of the chosen positions 80 % become `mask_token`, 10 % a random token, 10 % stay. The choice is drawn from a
-    generator of the objective's own, whose state is saved.
+    Of the chosen positions 80 % become `mask_token`, 10 % a random token, 10 % stay. In training the choice is drawn
+    from a generator of the objective's own, whose state is saved. For a model in evaluation mode it is the same every
+    time: evaluations can be compared, and do not move the training's draws.
 
     Args:
         mask_token: id of the mask token.
@@ -90,23 +91,30 @@ class MaskedToken(_FromOutputs):
         if not 0 <= mask_token < vocabulary:
             raise LaminaError(f"mask_token must be an id below vocabulary={vocabulary}, got {mask_token}")
         self.mask_token, self.vocabulary, self.share, self.masked = mask_token, vocabulary, share, masked
+        self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Mask the batch, run the model, return the losses."""
-        masked = batch if self.masked else self.mask(batch)
+        drawn = self.generator if model.training else torch.Generator().manual_seed(self.seed)
+        masked = batch if self.masked else self.mask(batch, drawn)
         return self.loss(call(model, masked), masked)
 
     def loss(self, outputs: Any, batch: Batch) -> Losses:
         """Return the mean over the masked positions of a batch that `mask` made."""
         return _cross_entropy(logits(outputs), target(batch, "labels", "masked_token"), 0.0, "masked_token")
 
-    def mask(self, batch: Batch) -> dict[str, Any]:
-        """Return the batch with masked `input_ids` and with `labels` (-100 where nothing is asked)."""
+    def mask(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """Return the batch with masked `input_ids` and with `labels` (-100 where nothing is asked).
+
+        Args:
+            generator: draws the choice; None = the objective's own.
+        """
         tokens = target(batch, "input_ids", "masked_token")
-        draw = torch.rand(tokens.shape, generator=self.generator).to(tokens.device)
-        action = torch.rand(tokens.shape, generator=self.generator).to(tokens.device)
-        other = torch.randint(self.vocabulary, tokens.shape, generator=self.generator).to(tokens.device)
+        generator = self.generator if generator is None else generator
+        draw = torch.rand(tokens.shape, generator=generator).to(tokens.device)
+        action = torch.rand(tokens.shape, generator=generator).to(tokens.device)
+        other = torch.randint(self.vocabulary, tokens.shape, generator=generator).to(tokens.device)
         chosen = draw < self.share
         if isinstance(batch.get("attention_mask"), Tensor):
             chosen &= batch["attention_mask"].bool()
@@ -183,14 +191,24 @@ def next_labels(tokens: Tensor, mask: Tensor | None) -> Tensor:
 def _cross_entropy(scores: Tensor, labels: Tensor, smoothing: float, name: str) -> Losses:
     if scores.shape[:-1] != labels.shape:
         raise ShapeError(f"{name} got outputs {tuple(scores.shape)} for labels {tuple(labels.shape)}")
-    flat = labels.reshape(-1)
-    summed = F.cross_entropy(
-        scores.reshape(-1, scores.shape[-1]).float(),
-        flat,
-        ignore_index=IGNORE,
-        label_smoothing=smoothing,
-        reduction="sum",
-    )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ShapeError(f"{name} takes class numbers as labels, whole numbers, got {labels.dtype}")
+    flat = labels.reshape(-1).long()
+    try:
+        summed = F.cross_entropy(
+            scores.reshape(-1, scores.shape[-1]).float(),
+            flat,
+            ignore_index=IGNORE,
+            label_smoothing=smoothing,
+            reduction="sum",
+        )
+    except IndexError as error:
+        # Told by torch's own check, and so at no cost; a GPU checks later, in its own words.
+        asked = flat[flat != IGNORE]
+        raise ShapeError(
+            f"{name} got labels from {int(asked.min())} to {int(asked.max())} for {scores.shape[-1]} classes: they "
+            f"must lie in 0..{scores.shape[-1] - 1}, or be {IGNORE} where nothing is asked"
+        ) from error
     count = (flat != IGNORE).sum().to(summed.dtype)
     return {"loss": summed / count.clamp(min=1), "count": count}
 
