@@ -13,6 +13,7 @@ EXAMPLES = [Example("layer", name, inputs=lambda: (torch.randn(2, 5),)) for name
     Example("norm", name, options={"num_features": 3}, inputs=lambda shape=SHAPES[name]: (torch.randn(shape),))
     for name in NORMS
 ]
+EXAMPLES.append(Example("layer", "linear", {"in_features": 5, "out_features": 3}, inputs=lambda: (torch.randn(2, 5),)))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

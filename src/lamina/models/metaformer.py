@@ -168,6 +168,7 @@ class MetaFormer(nn.Module):
         image: (H, W) or side of the images, for mixers and positions that are bound to a size; None = any size.
         positions: whether a stage adds a learned position embedding at its entry; one value or one per stage.
         mlp, residual: False for the ablations "mixer only".
+        head: built as head(widths[-1], classes).
     Raises:
         RecipeError: lists of other lengths than depths, or a bound mixer without `image`.
         ShapeError: images too small for the last stage, or of another size than a bound part was built for.
@@ -196,6 +197,7 @@ class MetaFormer(nn.Module):
         mlp: bool = True,
         residual: bool = True,
         features_only: bool = False,
+        head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
         each: list[Any] = list(mixers) if isinstance(mixers, (list, tuple)) else [mixers] * len(depths)
@@ -220,7 +222,7 @@ class MetaFormer(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         make_norm = factory("norm", norm)
         self.norms = nn.ModuleList(make_norm(w) for w in (widths if features_only else widths[-1:]))
-        self.head: nn.Module = nn.Identity() if features_only or not classes else _head(widths[-1], classes)
+        self.head: nn.Module = nn.Identity() if features_only or not classes else _head(head, widths[-1], classes)
 
     def forward(self, pixel_values: Tensor) -> Tensor | list[Tensor]:
         """Return logits, features, or the maps of all stages."""
@@ -327,10 +329,11 @@ def _scale(width: int, start: float | None) -> nn.Module:
     return nn.Identity() if start is None else LayerScale(width, start)
 
 
-def _head(width: int, classes: int) -> nn.Linear:
-    head = nn.Linear(width, classes)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
+def _head(node: Node, width: int, classes: int) -> nn.Module:
+    head: nn.Module = factory("layer", node)(width, classes)
+    if type(head) is nn.Linear:
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
     return head
 
 

@@ -79,6 +79,7 @@ class ResNet(nn.Module):
         stem: "imagenet" (7x7 of stride 2 and max-pooling: a quarter of the size) or "small" (3x3, full size).
         norm: built as norm(channels), works on (B, channels, H, W).
         activation: built without arguments; "identity" where the norm brings its own.
+        head: built as head(channels, classes).
     Raises:
         RecipeError: unknown block or stem. ShapeError: depths and widths do not match, or a size is not positive.
     Source: He et al., Deep Residual Learning for Image Recognition (2016), arXiv 1512.03385, table 1 and section 4.2.
@@ -100,6 +101,7 @@ class ResNet(nn.Module):
         channels: int = 3,
         norm: Annotated[Node, Slot("norm")] = "batch_norm_2d",
         activation: Annotated[Node, Slot("layer")] = "relu",
+        head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
         _check(depths, widths, block, stem, classes, channels)
@@ -116,7 +118,7 @@ class ResNet(nn.Module):
                 channels = width * make_block.expansion
             self.stages.append(nn.Sequential(*blocks))
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels, classes)
+        self.head: nn.Module = factory("layer", head)(channels, classes)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the logits (B, classes)."""

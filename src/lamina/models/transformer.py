@@ -71,8 +71,9 @@ class Transformer(nn.Module):
         kv_heads: heads of keys and values; None = heads.
         position: "rotary" (inside the mixer), "learned" (added to the embeddings), or "none".
         dropout: of embeddings, attention weights and branches, in training; 0..1.
-        tie: the output projection is the token embedding (language models only).
+        tie: the output projection is the token embedding (language models with a plain head only).
         classes: make a classifier with that many outputs.
+        head: built as head(width, vocabulary or classes); of a language model the plain one has no bias.
     Raises:
         ShapeError: sizes do not fit. RecipeError: the mixer cannot do what is asked (causal, rotary, sequences).
     Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019), section 2.3.
@@ -99,6 +100,7 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         tie: bool = True,
         classes: int | None = None,
+        head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
         _check_sizes(depth=depth, width=width, heads=heads, vocabulary=vocabulary, context=context, classes=classes)
@@ -121,9 +123,10 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.final_norm: nn.Module = make_norm(width)
-        self.head = nn.Linear(width, vocabulary if classes is None else classes, bias=classes is not None)
+        plain: Node = {"name": "linear", "bias": False} if head == "linear" and classes is None else head
+        self.head: nn.Module = factory("layer", plain)(width, vocabulary if classes is None else classes)
         self._initialise()
-        if tie and classes is None:
+        if tie and classes is None and type(self.head) is nn.Linear:
             self.tie_weights()
 
     def forward(
@@ -203,9 +206,10 @@ class Transformer(nn.Module):
     def _initialise(self) -> None:
         residual_std = INITIAL_STD / math.sqrt(2 * len(self.blocks))
         for table in (self.embedding, self.position_embedding, self.head):
-            if table is not None:
+            # A head of another kind keeps the initialisation of its paper.
+            if isinstance(table, nn.Embedding) or type(table) is nn.Linear:
                 nn.init.normal_(table.weight, std=INITIAL_STD)
-        if self.head.bias is not None:
+        if type(self.head) is nn.Linear and self.head.bias is not None:
             nn.init.zeros_(self.head.bias)
         for module in self.blocks.modules():
             # Parts of other methods keep the initialisation of their papers.

@@ -37,6 +37,7 @@ class VisionTransformer(nn.Module):
         hidden: channels inside the feed-forward; None = its own default (4 * width).
         pool: "class" (a class token, read at the end) or "mean" (of the patches; there is no class token).
         dropout: of embeddings and branches, in training; 0..1.
+        head: built as head(width, classes).
     Raises:
         ShapeError: sizes do not fit, or the images are of another size. RecipeError: unknown pool.
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words (2021), arXiv 2010.11929, equations 1-4; DeiT: Touvron
@@ -62,6 +63,7 @@ class VisionTransformer(nn.Module):
         hidden: int | None = None,
         pool: Literal["class", "mean"] = "class",
         dropout: float = 0.0,
+        head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
         _check(image=image, patch=patch, depth=depth, width=width, heads=heads, classes=classes, channels=channels)
@@ -86,7 +88,7 @@ class VisionTransformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.final_norm: nn.Module = make_norm(width)
-        self.head = nn.Linear(width, classes)
+        self.head: nn.Module = factory("layer", head)(width, classes)
         self._initialise()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -103,11 +105,13 @@ class VisionTransformer(nn.Module):
         return self.head(x.mean(dim=1) if self.class_token is None else x[:, 0])
 
     def _initialise(self) -> None:
-        parameters = (self.class_token, self.position_embedding, self.patch_embedding.weight, self.head.weight)
-        for parameter in parameters:
-            if parameter is not None:
-                nn.init.normal_(parameter, std=INITIAL_STD)
-        for bias in (self.patch_embedding.bias, self.head.bias):
+        # A head of another kind, like every part of other methods, keeps the initialisation of its paper.
+        head = self.head if type(self.head) is nn.Linear else None
+        weights = (self.class_token, self.position_embedding, self.patch_embedding.weight)
+        for weight in (*weights, None if head is None else head.weight):
+            if weight is not None:
+                nn.init.normal_(weight, std=INITIAL_STD)
+        for bias in (self.patch_embedding.bias, None if head is None else head.bias):
             if bias is not None:
                 nn.init.zeros_(bias)
         for module in self.blocks.modules():

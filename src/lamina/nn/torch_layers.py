@@ -1,4 +1,4 @@
-"""torch's own activations and batch norms under the names recipes use; their options are torch's."""
+"""torch's own linear layer, activations and batch norms under the names recipes use; their options are torch's."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ NORMS: dict[str, type[nn.Module]] = {
 }
 """Norms built from the number of channels, which is dimension 1."""
 
+register("layer", "linear", source="torch")(nn.Linear)
 for _name, _cls in ACTIVATIONS.items():
     register("layer", _name, source="torch")(_cls)
 for _name, _cls in NORMS.items():
