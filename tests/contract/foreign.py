@@ -110,5 +110,34 @@ def vision() -> tuple[nn.Module, Mapping[str, Any]]:
     return ViTForImageClassification(config), {"pixel_values": images}
 
 
-FOREIGN: dict[str, Maker] = {"home_made": home_made, "llama": llama, "vision": vision}
+def convolutional() -> tuple[nn.Module, Mapping[str, Any]]:
+    """A net of convolutions whose batch norms have statistics: torch.fx cannot trace it."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 12],
+        depths=[2, 2],
+        layer_type="basic",
+        num_labels=3,
+        downsample_in_first_stage=False,
+    )
+    model = ResNetForImageClassification(config)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_()
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
+    return model, {"pixel_values": images}
+
+
+FOREIGN: dict[str, Maker] = {
+    "home_made": home_made,
+    "llama": llama,
+    "vision": vision,
+    "convolutional": convolutional,
+}
 ALL: dict[str, Maker] = {"ours": ours, **FOREIGN}
