@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tests.train.tiny import DropLast, Net, WidenClasses, data, net, numbers, trainer
 from torch import nn
 
 from lamina.errors import PlanError
 from lamina.gradients import Mean, Median
 from lamina.models import Transformer
+from lamina.objectives import Classification
 from lamina.parallel import data_parallel
 from lamina.parallel.data_parallel import Placement
 from lamina.train import distributed
@@ -38,6 +40,20 @@ class AfterBackward(Mean):
     granularity = "model"
 
 
+class Adapted(nn.Module):
+    """An objective with a parameter of its own, which every process begins differently: that of the first counts."""
+
+    needs = "outputs"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3,), 0.5 + (dist.get_rank() if dist.is_initialized() else 0)))
+
+    def forward(self, model, batch):
+        losses = Classification()(model, batch)
+        return {**losses, "loss": losses["loss"] * self.scale.square().sum()}
+
+
 SCENARIOS = {
     "ddp": {"placement": Placement(data=2)},
     "ddp-parts": {"placement": Placement(data=2), "accumulate": 2, "clip": 0.1},
@@ -45,6 +61,8 @@ SCENARIOS = {
     "bucket": {"placement": Placement(data=2), "reducer": Mean, "rewrites": REWRITES, "accumulate": 2},
     "model": {"placement": Placement(data=2), "reducer": AfterBackward, "rewrites": REWRITES, "accumulate": 2},
     "median": {"placement": Placement(data=2), "reducer": Median},
+    "ddp-adapted": {"placement": Placement(data=2), "objective": Adapted, "clip": 0.1},
+    "fsdp-adapted": {"placement": Placement(shard=2), "objective": Adapted, "clip": 0.1},
     "fsdp": {"placement": Placement(shard=2)},
     "fsdp-parts": {"placement": Placement(shard=2), "accumulate": 2, "clip": 0.1},
     "fsdp-rewrite": {"placement": Placement(shard=2), "rewrites": REWRITES},
@@ -57,6 +75,8 @@ def of(name: str, folder: Path, **changes):
     torch.manual_seed(0)
     model = options.pop("model", lambda: net(dropout=0.0, batch_norm=False))()
     reducer = options.pop("reducer", None)
+    if "objective" in options:
+        options["objective"] = options["objective"]()
     on = data(padded=True, rows=44)
     return trainer(folder, model=model, on=on, reducer=reducer and reducer(), evaluate_every=4, **options)
 

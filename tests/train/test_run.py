@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from lamina.errors import LaminaError
 from lamina.recipe import load
 from lamina.rewrite.rewriting import history
 from lamina.train import state
+from lamina.train.precision import TrainingError
 from lamina.train.run import differences, train
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +95,35 @@ def test_resume_of_another_recipe_names_the_key(tmp_path) -> None:
         train(load(other), folder=tmp_path, resume=True)
     # Where to run and how often to save may change.
     train(load(recipe(), ["train.keep_last=1"]), folder=tmp_path, resume=True)
+
+
+def test_a_kill_while_the_recipe_is_written_leaves_none(tmp_path, monkeypatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    original = Path.write_text
+
+    def write(self, text, **options):
+        original(self, text[: len(text) // 2], **options)
+        raise Killed
+
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(Killed):
+        train(load(recipe()), folder=tmp_path)
+    monkeypatch.undo()
+    assert train(load(recipe()), folder=tmp_path, resume=True).steps == 12
+
+
+def test_a_model_that_cannot_be_saved_is_told_in_a_sentence(tmp_path, monkeypatch) -> None:
+    def full(*given, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(io, "save", full)
+    sentence = "the trained model could not be written: No space left.*step-000012 is intact"
+    with pytest.raises(TrainingError, match=sentence):
+        train(load(recipe()), folder=tmp_path)
+    monkeypatch.undo()
+    assert (train(load(recipe()), folder=tmp_path, resume=True).folder / "model").is_dir()
 
 
 def test_a_run_gone_on_from_any_checkpoint_is_the_same_run(tmp_path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from lamina.gradients.reducer import Stateless
 from lamina.objectives import Classification, Distillation, WeightedSum
 from lamina.train import packing, state
 from lamina.train.distributed import World
-from lamina.train.metrics import read
+from lamina.train.metrics import Metrics, read
 from lamina.train.phases import Scheduled
 from lamina.train.precision import TrainingError
 
@@ -180,6 +181,51 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch) ->
     monkeypatch.undo()
     trainer(tmp_path / "full", checkpoint_every=4).fit(resume=True)
     assert numbers(tmp_path / "full") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", ["metrics.jsonl", "environment.json", "checkpoints"])
+def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(tmp_path, monkeypatch, what) -> None:
+    whole = trainer(tmp_path / "whole", checkpoint_every=4)
+    whole.fit()
+    if what == "metrics.jsonl":
+        original, rows = Metrics.append, []
+
+        def full(self, row):
+            rows.append(row)
+            if len(rows) == 7:
+                # Half a row is there, as a full disk leaves it.
+                with self.path.open("a") as file:
+                    file.write('{"eve')
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            original(self, row)
+
+        monkeypatch.setattr(Metrics, "append", full)
+        sentence = r"metrics.jsonl could not be written: No space left.*last good checkpoint: step-000004 is intact"
+    else:
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / what).symlink_to("/dev/null/nowhere")
+        sentence = r"full could not be written: Not a directory|step-000004 could not be written: .*there is none yet"
+    with pytest.raises(TrainingError, match=sentence):
+        trainer(tmp_path / "full", checkpoint_every=4).fit()
+    monkeypatch.undo()
+    if what != "metrics.jsonl":
+        (tmp_path / "full" / what).unlink()
+    trainer(tmp_path / "full", checkpoint_every=4).fit(resume=True)
+    assert numbers(tmp_path / "full") == numbers(tmp_path / "whole")
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path) -> None:
+    def explode(fraction: float) -> float:
+        return 1.0 if fraction < 0.5 else math.inf
+
+    # The loss of step 6 is a number still: its update is what breaks.
+    with pytest.raises(
+        TrainingError, match=r"embed.weight after step 6 is no number; the last good checkpoint is step-"
+    ):
+        trainer(tmp_path, checkpoint_every=1, keep_last=1, schedule=explode).fit()
+    assert [p.name for p in state.checkpoints(tmp_path)] == ["step-000005"]
+    run = trainer(tmp_path, checkpoint_every=1, keep_last=1, schedule=lambda f: 1.0).fit(resume=True)
+    assert math.isfinite(run.loss)
 
 
 def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path) -> None:

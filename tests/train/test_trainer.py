@@ -142,6 +142,26 @@ def test_keep_best_ends_with_the_best_weights(tmp_path) -> None:
     assert run.evaluation == best["loss"]
 
 
+class Unmeasurable(Classification):
+    """Its first evaluation is no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __call__(self, model, batch):
+        losses = super().__call__(model, batch)
+        self.seen += not model.training
+        return {**losses, "measure": losses["loss"] * math.nan} if self.seen == 1 else losses
+
+
+def test_an_evaluation_that_is_no_number_is_never_the_best(tmp_path) -> None:
+    run = trainer(tmp_path, objective=Unmeasurable(), evaluate_every=4, keep_best=True).fit()
+    rows = [r for r in numbers(tmp_path) if r["event"] == "evaluation"]
+    assert math.isnan(rows[0]["loss"])
+    assert run.best == min(({"step": r["step"], "loss": r["loss"]} for r in rows[1:]), key=lambda b: b["loss"])
+
+
 def test_rewrites_run_before_during_and_after(tmp_path) -> None:
     rewrites = [
         Scheduled(DropLast(), "before"),

@@ -90,12 +90,8 @@ def finish() -> None:
 
 
 @contextmanager
-def lost_peers_told(world: World, how_on: str) -> Iterator[None]:
-    """Turn the error of a collective whose other side is gone into one sentence.
-
-    Args:
-        how_on: what the user can do, for the end of the sentence.
-    """
+def lost_peers_told(world: World) -> Iterator[None]:
+    """Turn the error of a collective whose other side is gone into one sentence."""
     try:
         yield
     except LaminaError:
@@ -105,7 +101,8 @@ def lost_peers_told(world: World, how_on: str) -> Iterator[None]:
             raise
         raise TrainingError(
             f"process {world.rank} of {world.size} lost another one, which ended or hangs "
-            f"(its own output says why); {how_on} [{str(error).splitlines()[0][:160]}]"
+            "(its own output says why); start again with resume to go on from the last checkpoint "
+            f"[{str(error).splitlines()[0][:160]}]"
         ) from error
 
 

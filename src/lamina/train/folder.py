@@ -15,6 +15,7 @@ from lamina.train.distributed import World
 from lamina.train.environment import write_environment
 from lamina.train.metrics import Metrics
 from lamina.train.options import TrainOptions
+from lamina.train.precision import first_bad, no_number
 
 MAY_DIFFER = frozenset({"device", "compile", "checkpoint_every", "keep_last"})
 """Options that a resumed run may change: the numbers stay the same."""
@@ -59,22 +60,30 @@ class RunFolder:
         self.metrics = Metrics(self.path / "metrics.jsonl" if world.first else None)
         # Nobody may look for checkpoints any more when the first process tidies up.
         world.agree(None)
-        if world.first:
-            self.path.mkdir(parents=True, exist_ok=True)
-            state.clean(self.path)
-            self.metrics.truncate(loaded.plain["metrics"] if loaded else 0)
-            write_environment(self.path / "environment.json", world)
-        world.agree(None)
+        state.together(world, self.path, str(self.path), lambda: self._tidy(loaded) if world.first else None)
         return loaded
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Add a row to the metrics.
+
+        Raises:
+            TrainingError: it could not be written (disk full, ...).
+        """
+        if self.path is not None and self.metrics.path is not None:
+            # The first process alone: where it fails, it ends, and the others are told by `lost_peers_told`.
+            state.together(World(), self.path, str(self.metrics.path), lambda: self.metrics.append(row))
 
     def save(self, live: snapshot.Live, step: int, trainer: Mapping[str, Any], best: int | None) -> None:
         """Write a checkpoint, then remove the ones no longer kept (never step `best`).
 
         Raises:
-            TrainingError: it could not be written; the earlier ones are intact.
+            TrainingError: it could not be written, or a weight is no number; the earlier ones are intact.
         """
         if self.path is None:
             return
+        # The loss of this step was a number, but its update may have made weights that are none.
+        bad = first_bad(live.placed.bare)
+        self.world.agree(bad and no_number(f"{bad} after step {step}", "no number", self.last()))
         plain, tensors = snapshot.capture(live)
         plain.update(trainer=dict(trainer), options=asdict(self.options), metrics=self.metrics.length())
         state.save(self.path, step, plain, tensors, self.world)
@@ -91,6 +100,13 @@ class RunFolder:
         """Name the last complete checkpoint."""
         found = [] if self.path is None else state.checkpoints(self.path)
         return found[-1].name if found else None
+
+    def _tidy(self, loaded: state.Loaded | None) -> None:
+        if self.path is not None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            state.clean(self.path)
+            self.metrics.truncate(loaded.plain["metrics"] if loaded else 0)
+            write_environment(self.path / "environment.json", self.world)
 
     def _check_same(self, loaded: state.Loaded) -> None:
         for key, own in asdict(self.options).items():

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lamina.errors import LaminaError
 from lamina.train.options import Precision
@@ -57,7 +59,18 @@ def check_finite(losses: Sequence[float], first_step: int, checkpoint: str | Non
     """
     for step, loss in enumerate(losses, first_step):
         if not math.isfinite(loss):
-            back = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-            raise TrainingError(
-                f"the loss of step {step} is {loss}; {back}. Lower the learning rate, set clip, or use bf16 or fp32"
-            )
+            raise TrainingError(no_number(f"the loss of step {step}", str(loss), checkpoint))
+
+
+def no_number(what: str, value: str, checkpoint: str | None) -> str:
+    """Word what is no number, where to go back to, and what may help."""
+    back = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    return f"{what} is {value}; {back}. Lower the learning rate, set clip, or use bf16 or fp32"
+
+
+def first_bad(model: nn.Module) -> str | None:
+    """Name the first parameter that is not finite (of a sharded one: in this process's shard)."""
+    found = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    if not found or torch.stack([p.isfinite().all() for p in found.values()]).all():
+        return None
+    return next(n for n, p in found.items() if not p.isfinite().all())

@@ -23,7 +23,7 @@ from lamina.parallel.data_parallel import Placement
 from lamina.recipe import Recipe, build, check, dump, factory, frame, load, objectives
 from lamina.recipe._options import signature_of
 from lamina.registry import find
-from lamina.train import distributed, report
+from lamina.train import distributed, report, state
 from lamina.train.distributed import World
 from lamina.train.folder import MAY_DIFFER
 from lamina.train.options import TrainOptions
@@ -51,20 +51,23 @@ def train(recipe: Recipe, *, folder: str | Path | None = None, resume: bool = Fa
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     world = distributed.start(options.device)
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    path = Path(folder) if folder is not None else _default_folder(recipe, world, resume)
-    _keep_recipe(recipe, path, world, resume)
-    done = trainer(recipe, world, path).fit(resume)
-    if world.first:
-        io.save(done.model, path / MODEL, base=_base(done.model, recipe, done))
-        report.write(path, done.stages, title=recipe.report.get("title"))
-        _show(done)
-    world.agree(None)
+    with distributed.lost_peers_told(world):
+        path = Path(folder) if folder is not None else _default_folder(recipe, world, resume)
+        _keep_recipe(recipe, path, world, resume)
+        done = trainer(recipe, world, path).fit(resume)
+        state.together(world, path, "the trained model", lambda: _leave(done, recipe, path) if world.first else None)
     if not joined:
         distributed.finish()
     return done
 
 
 run = train
+
+
+def _leave(done: Run, recipe: Recipe, path: Path) -> None:
+    io.save(done.model, path / MODEL, base=_base(done.model, recipe, done))
+    report.write(path, done.stages, title=recipe.report.get("title"))
+    _show(done)
 
 
 def trainer(recipe: Recipe, world: World, folder: Path | None) -> Trainer:
@@ -151,10 +154,17 @@ def _keep_recipe(recipe: Recipe, folder: Path, world: World, resume: bool) -> No
         for key, old, new in differences(check(load(kept)), recipe):
             if key.split(".")[0] not in ("parallel", "report") and key.removeprefix("train.") not in MAY_DIFFER:
                 raise LaminaError(f"{kept} is another recipe: {key} is {old!r} there and {new!r} here")
-    elif world.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = dump(recipe)
-        kept.write_text(text, encoding="utf-8")
+        return
+    state.together(world, folder, str(kept), lambda: _write_recipe(recipe, kept) if world.first else None)
+
+
+def _write_recipe(recipe: Recipe, path: Path) -> None:
+    text = dump(recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Aside and renamed: half a recipe would be another run's.
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def differences(one: Recipe, other: Recipe) -> Iterator[tuple[str, Any, Any]]:

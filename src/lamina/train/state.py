@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,13 @@ def save(folder: Path, step: int, plain: Mapping[str, Any], tensors: Mapping[str
     aside = target.with_name(f".{target.name}.partial")
     if world.first:
         shutil.rmtree(aside, ignore_errors=True)
-    _together(world, target, lambda: aside.mkdir(parents=True, exist_ok=True))
-    _together(world, target, lambda: _write_tensors(aside, tensors, world))
+    what = f"the checkpoint {target.name}"
+    together(world, folder, what, lambda: aside.mkdir(parents=True, exist_ok=True))
+    together(world, folder, what, lambda: _write_tensors(aside, tensors, world))
     kinds = {k: [str(t.dtype).removeprefix("torch."), list(t.shape)] for k, t in tensors.items()}
     kinds = {k: kind for part in world.everyone(kinds) for k, kind in part.items()}
     content = {**plain, "format": FORMAT, "step": step, "tensors": kinds}
-    _together(world, target, lambda: _complete(aside, target, content) if world.first else None)
+    together(world, folder, what, lambda: _complete(aside, target, content) if world.first else None)
     return target
 
 
@@ -181,15 +182,19 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _together(world: World, target: Path, work: Any) -> None:
-    """Run `work` on every process; where it fails on one, fail on all with its reason."""
+def together(world: World, folder: Path, what: str, work: Callable[[], object]) -> None:
+    """Run `work`, which writes `what` below a run folder, on every process; where it fails on one, fail on all.
+
+    Raises:
+        TrainingError: says why, and which checkpoint is the last good one.
+    """
     failed: str | None = None
     try:
         work()
     except (OSError, CheckpointException) as error:
-        earlier = checkpoints(target.parents[1])
+        earlier = checkpoints(folder)
         last = f"{earlier[-1].name} is intact" if earlier else "there is none yet"
-        failed = f"the checkpoint {target.name} could not be written: {_reason(error)}; the last good one: {last}"
+        failed = f"{what} could not be written: {_reason(error)}; the last good checkpoint: {last}"
     world.agree(failed)
 
 

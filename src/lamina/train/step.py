@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -169,6 +170,23 @@ def _average_own_gradients(objective: Any, world: World) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad.div_(world.size))
+
+
+def clip_gradients(parameters: Sequence[Parameter], limit: float) -> None:
+    """Scale the gradients down to a joint norm of at most `limit`; shards and whole tensors may stand side by side."""
+    with_gradient = [p for p in parameters if p.grad is not None]
+    sharded = [p for p in with_gradient if isinstance(p.grad, DTensor)]
+    if len(sharded) in (0, len(with_gradient)):
+        nn.utils.clip_grad_norm_(with_gradient, limit)
+        return
+    # An objective's own parameters beside a sharded model: torch refuses to take one norm of both.
+    whole = [p for p in with_gradient if not isinstance(p.grad, DTensor)]
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in (sharded, whole)]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in with_gradient:
+        gradient = parameter.grad
+        (gradient.to_local() if isinstance(gradient, DTensor) else cast(Tensor, gradient)).mul_(factor)
 
 
 def complete_optimizer(optimizer: Optimizer, objective: Any) -> Optimizer:

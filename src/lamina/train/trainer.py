@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from lamina.data import Data, Loader
 from lamina.errors import LaminaError, PlanError
 from lamina.gradients.reducer import Reducer
 from lamina.objectives.objective import Objective
-from lamina.parallel.data_parallel import Placement, place, same_buffers, take_back
+from lamina.parallel.data_parallel import Placement, place, same_buffers, same_everywhere, take_back
 from lamina.rewrite.rewriting import Pass, Record, history
 from lamina.train import distributed, phases, snapshot, state
 from lamina.train.folder import RunFolder
@@ -26,7 +27,7 @@ from lamina.train.outcome import Run, Stage, Stopwatch, count, forget_peak, peak
 from lamina.train.phases import Scheduled
 from lamina.train.precision import loss_scaler
 from lamina.train.progress import display
-from lamina.train.step import complete_optimizer, evaluate, gradients, set_rates, size_of
+from lamina.train.step import clip_gradients, complete_optimizer, evaluate, gradients, set_rates, size_of
 
 
 class Trainer:
@@ -89,7 +90,7 @@ class Trainer:
             LaminaError: the folder holds another run.
         """
         self.world = distributed.start(self.options.device)
-        with distributed.lost_peers_told(self.world, "start again with resume to go on from the last checkpoint"):
+        with distributed.lost_peers_told(self.world):
             self._begin(resume)
             with display(self.options.steps, start=self.step, unit=self.unit, shown=self.world.first) as self.display:
                 while self.step < self.options.steps and not self._stopped():
@@ -105,7 +106,7 @@ class Trainer:
             raise LaminaError("fit() was called already: make another Trainer")
         torch.manual_seed(o.seed + world.rank)
         if isinstance(self.objective, nn.Module):
-            self.objective.to(world.device)
+            same_everywhere(self.objective.to(world.device))
         self.scaler = loss_scaler(o.precision, world.device)
         self.loader = Loader(self.data.train, self.data.batch, seed=o.seed, rank=world.rank, world=world.size)
         self.unit = size_of(self.data.train.batch(torch.tensor([0])))[1]
@@ -154,7 +155,7 @@ class Trainer:
         )
         if o.clip is not None:
             self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], o.clip)
+            clip_gradients([p for g in optimizer.param_groups for p in g["params"]], o.clip)
         self.scaler.step(optimizer)
         self.scaler.update()
         self.losses.add(*found)
@@ -181,23 +182,16 @@ class Trainer:
             return
         self.loss, steps = self.losses.read(self.step, self.world, self.folder.last())
         rate = self.stages[-1].trained(steps, self.watch.lap(), peak_memory(self.world.device))
-        self.folder.metrics.append(
-            {
-                "event": "step",
-                "step": self.step,
-                "loss": self.loss,
-                "lr": float(self._optimizer().param_groups[0]["lr"]),
-                f"{self.unit}_per_second": round(rate, 1),
-                **self.losses.beside(),
-            }
-        )
+        lr = float(self._optimizer().param_groups[0]["lr"])
+        row = {"event": "step", "step": self.step, "loss": self.loss, "lr": lr}
+        self.folder.note({**row, f"{self.unit}_per_second": round(rate, 1), **self.losses.beside()})
         self.display.update(self.step, self.loss, rate)
 
     def _evaluate(self) -> bool:
         """Measure the evaluation loss; return whether it is the best since the latest rewrite."""
         loss = self._measure()
-        self.folder.metrics.append({"event": "evaluation", "step": self.step, "loss": loss})
-        better = self.best is None or loss < self.best["loss"]
+        self.folder.note({"event": "evaluation", "step": self.step, "loss": loss})
+        better = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
         self.without_better = 0 if better else self.without_better + 1
         if better:
             self.best = {"step": self.step, "loss": loss}
@@ -238,7 +232,7 @@ class Trainer:
         self.best, self.without_better = None, 0
         self.stages.append(Stage(row["pass"], count(self.model), loss_before=self._measure()))
         row.update(step=self.step, loss_before=ended.loss_after, loss_after=self.stages[-1].loss_before)
-        self.folder.metrics.append(row)
+        self.folder.note(row)
         self.watch = Stopwatch()
 
     def _tell(self, fraction: float) -> None:
@@ -279,7 +273,7 @@ class Trainer:
             self._rewrite(scheduled)
         evaluation = None if self.data.evaluation is None else self._measure()
         self.stages[-1].loss_after = evaluation if evaluation is not None else self.loss
-        self.folder.metrics.append({"event": "end", "step": self.step, "loss": self.loss, "evaluation": evaluation})
+        self.folder.note({"event": "end", "step": self.step, "loss": self.loss, "evaluation": evaluation})
         self.model = take_back(self.placed)
         return Run(
             model=self.model.eval(),
@@ -301,7 +295,5 @@ class Trainer:
 
     def _optimizer(self) -> Optimizer:
         if self.optimizer is None:
-            raise LaminaError(
-                "the optimizer exists in training only: after the passes before it, before those after it"
-            )
+            raise LaminaError("the optimizer exists between the passes before and those after training only")
         return self.optimizer
