@@ -85,6 +85,8 @@ def measured(method: methods.Method) -> list[str]:
     lines = [
         f"**Status: {evidence.status(one)}**",
         "",
+        *(f"- {line}" for line in methods.verdict_lines(one)),
+        "",
         "| figure | seed | ours | baseline | paper |",
         "| --- | --- | --- | --- | --- |",
     ]

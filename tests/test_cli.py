@@ -304,9 +304,9 @@ def test_methods_and_reproduce_pass_their_options_on(monkeypatch: pytest.MonkeyP
     def show(slug: str | None = None, *, parts: bool = False) -> None:
         calls.append((slug, parts))
 
-    def main(slugs: Iterable[str] = (), *, smoke: bool = False, check: bool = False) -> int:
-        calls.append((list(slugs), smoke, check))
-        return int(check)
+    def main(slugs: Iterable[str] = (), *, smoke: bool = False, check: bool = False, allow_stale: bool = False) -> int:
+        calls.append((list(slugs), smoke, check, allow_stale))
+        return int(check and not allow_stale)
 
     monkeypatch.setattr("lamina.experiments.methods.show", show)
     monkeypatch.setattr("lamina.experiments.reproduce.main", main)
@@ -316,7 +316,14 @@ def test_methods_and_reproduce_pass_their_options_on(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit) as caught:
         cli.main(["reproduce", "--check"])
     assert caught.value.code == 1
-    assert calls == [("lamb", False), (None, True), (["lamb", "metaformer"], True, False), ([], False, True)]
+    run("reproduce", "--check", "--allow-stale")
+    assert calls == [
+        ("lamb", False),
+        (None, True),
+        (["lamb", "metaformer"], True, False, False),
+        ([], False, True, False),
+        ([], False, True, True),
+    ]
 
 
 def test_shipped_recipes_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

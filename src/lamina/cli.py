@@ -121,12 +121,15 @@ def reproduce(
     slugs: Annotated[list[str] | None, typer.Argument(metavar="[SLUG]...", help="Without one: all.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="One seed, tiny sizes: does it run?")] = False,
     check: Annotated[bool, typer.Option("--check", help="Judge the stored evidence again, run nothing.")] = False,
+    allow_stale: Annotated[
+        bool, typer.Option("--allow-stale", help="With --check: print stale evidence, do not count it.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Run ours and the baseline side by side and put the paper's figure next to the measured one."""
     from lamina.experiments.reproduce import main as reproduce_main
 
-    raise typer.Exit(reproduce_main(slugs or [], smoke=smoke, check=check))
+    raise typer.Exit(reproduce_main(slugs or [], smoke=smoke, check=check, allow_stale=allow_stale))
 
 
 def find_recipe(name: str) -> Path:

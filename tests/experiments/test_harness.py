@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import math
+import re
 import sys
 import types
 
@@ -8,6 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lamina.data import load
 from lamina.errors import LaminaError
 from lamina.experiments import evidence, harness, methods, reproduce
 from lamina.experiments.bars import parse_bar
@@ -106,6 +109,42 @@ def test_ratio_bars_take_one_as_the_neutral_point_and_every_clause_counts():
     assert verdict([Measurement({"a": 2.0, "b": -0.5}, 0.0)], both).status == "not reproduced"
 
 
+@pytest.mark.parametrize(
+    ("text", "even"),
+    [
+        ("(ours / baseline) <= 0.8", 1.0),
+        ("2 * ours / baseline <= 1.6", 2.0),
+        ("100 * (ours / baseline) <= 80", 100.0),
+        ("-(ours / baseline) >= -0.8", -1.0),
+        ("1 - ours / baseline >= 0.2", 0.0),
+        ("(a(ours) / a(baseline) + b(ours) / b(baseline)) / 2 <= 0.85", 1.0),
+        ("ours - paper >= 0.1", 0.0),
+        ("ours >= 0.9", 0.0),
+        ("ours - 0.8 * baseline <= 0", 0.0),
+    ],
+)
+def test_the_neutral_point_is_where_ours_equals_the_baseline(text, even):
+    assert parse_bar(text).clauses[0].neutral == even
+
+
+def test_a_ratio_in_parentheses_points_the_same_way_as_without():
+    for text in ("ours / baseline <= 0.8", "(ours / baseline) <= 0.8", "100 * ours / baseline <= 80"):
+        bar = parse_bar(text)
+        judged = [verdict([Measurement(ours, 1.0)], bar).status for ours in (0.7, 0.9, 1.1)]
+        assert judged == ["reproduced", "direction only", "not reproduced"], text
+
+
+@pytest.mark.parametrize("text", ["ours >= 1 / 0", "ours <= 1e400"])
+def test_a_bar_without_a_finite_threshold_is_refused(text):
+    with pytest.raises(LaminaError, match="needs a finite number right of"):
+        parse_bar(text)
+
+
+def test_a_clause_is_quoted_as_it_was_written():
+    bar = parse_bar("error(ours) <= -0.5 and  a(ours)-b(ours) > 1, 3 seeds")
+    assert [c.text for c in bar.clauses] == ["error(ours) <= -0.5", "a(ours)-b(ours) > 1"]
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """An experiment in a module of its own, whose source can be edited."""
@@ -147,9 +186,126 @@ def test_code_comments_do_not_make_evidence_stale_but_code_does(toy):
     )
     source.write_text(source.read_text().replace('"""Toy."""', '"""Another sentence."""\n# and a comment'))
     assert evidence.status(one, into) == "reproduced"
+    source.write_text(source.read_text() + 'PARTS = ("norm layer_norm",)\nTESTS: tuple[str, ...] = ()\n')
+    assert evidence.status(one, into) == "reproduced", "what only the page shows is no code behind the figures"
     source.write_text(source.read_text().replace("SCALE = 1", "SCALE = 2"))
     assert evidence.status(one, into) == "stale"
     assert "lamina_toy changed since the run" in reproduce.check_one(one, into)[0]
+
+
+def test_hashes_are_those_of_every_python_version(toy):
+    """Quotes inside f-strings are printed differently by Python 3.12, and 3.13 names other fields."""
+    one, _, source = toy
+    source.write_text("def f(x: int) -> str:\n    return f\"{x!r:>{'4'}} {'a'}\" if x else ''\n")
+    assert evidence.code_hashes(one) == {"lamina_toy": "8662e690a2c7eea1"}
+
+
+def test_the_harness_counts_only_where_it_is_what_is_measured():
+    found = harness.experiments()
+    assert not [name for name in evidence.code_hashes(found["lamb"]) if name in evidence.MACHINERY]
+    measured_itself = evidence.code_hashes(found["reproducibility-process"])
+    assert {f"lamina.experiments.{n}" for n in ("bars", "evidence", "harness", "reproduce")} <= measured_itself.keys()
+
+
+def test_other_data_make_evidence_stale_and_data_that_are_not_here_do_not(toy, tmp_path, monkeypatch):
+    one, into, _ = toy
+    file = tmp_path / "data" / "text" / "tinyshakespeare.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text("to be or not to be, " * 200)
+    monkeypatch.setenv("LAMINA_DATA", str(tmp_path / "data"))
+
+    def run(seed, device):
+        load("tiny_shakespeare", context=8)
+        return Measurement({"a": 2.0}, {"a": 1.0})
+
+    read = dataclasses.replace(one, run=run)
+    run.__module__ = one.run.__module__
+    stored = json.loads(reproduce.reproduce(read, into=into).read_text())["data"]
+    assert list(stored) == ["text/tinyshakespeare.txt"]
+    assert evidence.status(read, into) == "reproduced"
+    file.write_text("that is the question")
+    assert reproduce.check_one(read, into) == ["toy: stale: data text/tinyshakespeare.txt changed since the run"]
+    monkeypatch.delenv("LAMINA_DATA")
+    assert evidence.status(read, into) == "reproduced"
+    assert json.loads(reproduce.reproduce(one, into=into).read_text())["data"] == {}, "another experiment's files"
+
+
+def test_evidence_under_another_name_is_refused(toy):
+    one, into, _ = toy
+    path = reproduce.reproduce(one, into=into)
+    (into / "other.json").write_text(path.read_text())
+    with pytest.raises(LaminaError, match=r"evidence of another experiment: field 'slug' says 'toy'"):
+        evidence.read("other", into)
+
+
+def test_allow_stale_forgives_stale_evidence_and_nothing_else(toy, monkeypatch, capsys):
+    one, into, source = toy
+    monkeypatch.setattr(reproduce, "experiments", lambda: {"toy": one})
+    path = reproduce.reproduce(one, into=into)
+
+    def check(**options):
+        capsys.readouterr()
+        code = reproduce.main(check=True, into=into, **options)
+        return code, capsys.readouterr().out
+
+    assert check() == check(allow_stale=False) == (0, "1 experiments checked, 0 problems\n")
+    source.write_text(source.read_text().replace("SCALE = 1", "SCALE = 2"))
+    line = "toy: stale: lamina_toy changed since the run\n"
+    assert check() == (1, line + "1 experiments checked, 1 problems\n")
+    assert check(allow_stale=True) == (0, line + "1 experiments checked, 1 stale, 0 problems\n")
+    assert evidence.status(one, into) == "stale"
+    # Another bar, which the figures do not even meet, is stale evidence too: it was judged rightly when it was written.
+    stricter = dataclasses.replace(one, bar=parse_bar("a(ours) - c(baseline) >= 7, 3 seeds"))
+    monkeypatch.setattr(reproduce, "experiments", lambda: {"toy": stricter})
+    assert check(allow_stale=True)[0] == 0
+    assert "stale: bar changed" in check(allow_stale=True)[1]
+    content = json.loads(path.read_text())
+    del content["digest"]
+    content["status"] = "direction only"
+    path.write_text(json.dumps({**content, "digest": evidence.digest(content)}))
+    code, out = check(allow_stale=True)
+    assert (code, "'status' says direction only, the bar says reproduced" in out) == (1, True)
+    path.write_text(path.read_text().replace('"seconds"', '"seconds_"'))
+    assert check(allow_stale=True)[0] == 1
+    path.unlink()
+    code, out = check(allow_stale=True)
+    assert (code, "toy: no evidence" in out) == (1, True)
+
+
+def test_options_that_exclude_each_other_are_refused():
+    with pytest.raises(LaminaError, match="--check runs nothing"):
+        reproduce.main(check=True, smoke=True)
+    with pytest.raises(LaminaError, match="--allow-stale belongs to --check"):
+        reproduce.main(allow_stale=True)
+
+
+def test_a_users_mistake_in_an_experiment_is_a_sentence_and_a_fault_of_ours_a_traceback(toy, monkeypatch, capsys):
+    one, into, _ = toy
+
+    def without_data(seed, device):
+        raise LaminaError("the data set 'sts_b' is not at hand")
+
+    def broken(seed, device):
+        raise RuntimeError("a fault")
+
+    for run, shown in ((without_data, False), (broken, True)):
+        run.__module__ = "lamina_toy"
+        monkeypatch.setattr(reproduce, "experiments", lambda run=run: {"toy": dataclasses.replace(one, run=run)})
+        assert reproduce.main(into=into) == 1
+        out = capsys.readouterr().out
+        assert ("Traceback" in out) is shown
+    assert "RuntimeError: a fault" in out
+
+
+def test_a_methods_page_says_what_its_verdict_rests_on(capsys):
+    methods.show("lamb")
+    out = capsys.readouterr().out
+    assert re.search(r"loss_512\(ours\) / loss_512\(baseline\) <= 0\.8: 0\.\d+ \[0\.\d+, 0\.\d+\]\n", out)
+    assert "95 % bootstrap interval of the mean over 3 seeds, nearly smallest to largest" in out
+    assert "tests/optim/test_lamb.py" in out
+    tests = methods.describe(harness.find("layer-norm")).tests
+    assert {"tests/nn/test_layer_norm.py", "tests/nn/test_layer_norm_recurrent.py"} < set(tests)
+    assert len(set(tests)) == len(tests)
 
 
 def test_an_edited_figure_is_found(toy):
@@ -200,8 +356,8 @@ def test_two_experiments_of_one_name_and_too_few_seeds_are_refused(toy):
 
 
 def test_an_unknown_method_is_answered_with_the_nearest():
-    with pytest.raises(LaminaError, match="no experiment is called"):
-        harness.find("no-such-method")
+    with pytest.raises(LaminaError, match="no experiment is called 'LAYER_NORM'; did you mean 'layer-norm'"):
+        harness.find("LAYER_NORM")
 
 
 def test_every_method_has_a_page_parts_and_tests():

@@ -1,5 +1,6 @@
 """Data sets and the loader whose position is part of a checkpoint."""
 
+from lamina.data._at_hand import noting_files as noting_files
 from lamina.data.examples import Columns as Columns
 from lamina.data.examples import Data as Data
 from lamina.data.examples import Examples as Examples

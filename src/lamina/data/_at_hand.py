@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lamina.data._files import existing
 from lamina.data.hugging_face import load_dataset
 from lamina.errors import LaminaError
+
+_notes: list[dict[str, Path]] = []
+
+
+@contextmanager
+def noting_files() -> Iterator[dict[str, Path]]:
+    """Note, while it is open, which files of named sets are read, by their name below the data folder."""
+    noted: dict[str, Path] = {}
+    _notes.append(noted)
+    try:
+        yield noted
+    finally:
+        _notes.remove(noted)
 
 
 def places(name: str, files: Sequence[str], folder: str | Path | None, *, hub: str | None) -> list[Path] | None:
@@ -24,6 +38,8 @@ def places(name: str, files: Sequence[str], folder: str | Path | None, *, hub: s
     if root:
         found = [existing(root, "the data folder") / file for file in files]
         if all(path.is_file() for path in found):
+            for noted in _notes:
+                noted.update(zip(files, found, strict=True))
             return found
     if hub and not folder:
         return None

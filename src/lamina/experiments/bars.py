@@ -10,6 +10,7 @@ A name is one the measurement uses; a bare arm stands for a measurement that is 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ class Clause:
     left: _Value
     sign: str
     right: _Value
-    ratio: bool
-    """The left side is a quotient, so 1 (not 0) is the point where ours equals the baseline."""
+    neutral: float
+    """What the left side is where ours equals the baseline: 0 for a difference, 1 for a quotient."""
     threshold: float
     """The right side, a constant."""
 
@@ -50,9 +51,8 @@ class Clause:
 
         The neutral point never makes a bar harder: a bar that allows a loss is its own direction.
         """
-        neutral = 1.0 if self.ratio else 0.0
-        easier = min(self.threshold, neutral) if self.sign[0] == ">" else max(self.threshold, neutral)
-        return _compare(value, self.sign[0] if easier == neutral != self.threshold else self.sign, easier)
+        easier = (min if self.sign[0] == ">" else max)(self.threshold, self.neutral)
+        return _compare(value, self.sign[0] if easier == self.neutral != self.threshold else self.sign, easier)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,25 @@ def parse_bar(text: str) -> Bar:
     return _Parser(text).bar()
 
 
+def _neutral(left: _Value) -> float:
+    """Return the left side's value where all arms measure the same, 0 if it then still depends on how much."""
+    first, *others = (left(dict.fromkeys(_ARMS, _Alike(figure))) for figure in (1.0, 2.0, 5.0))
+    return first if all(math.isclose(first, v, abs_tol=1e-9) for v in others) else 0.0
+
+
+class _Alike(dict[str, float]):
+    """Figures of any name, all of one value."""
+
+    def __init__(self, figure: float) -> None:
+        self.figure = figure
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> float:
+        return self.figure
+
+
 def _compare(left: float, sign: str, right: float) -> bool:
     return {">=": left >= right, "<=": left <= right, ">": left > right, "<": left < right}[sign]
 
@@ -80,13 +99,14 @@ def _compare(left: float, sign: str, right: float) -> bool:
 class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
-        self.tokens: list[tuple[str, int]] = []
+        self.tokens: list[tuple[str, int, int]] = []
         position = 0
         while text[position:].strip():
             match = _TOKEN.match(text, position)
             if match is None:
                 raise self.error("does not know", text[position:].strip()[0])
-            self.tokens.append((match.group().strip(), match.end()))
+            token = match.group().strip()
+            self.tokens.append((token, match.end() - len(token), match.end()))
             position = match.end()
         self.at = 0
 
@@ -122,37 +142,38 @@ class _Parser:
 
     def clause(self) -> Clause:
         start = self.at
-        left, ratio = self.sum()
+        left = self.sum()
         sign = self.take(">=", "<=", ">", "<")
-        right, _ = self.sum()
-        text = " ".join(token for token, _ in self.tokens[start : self.at])
+        right = self.sum()
+        text = self.text[self.tokens[start][1] : self.tokens[self.at - 1][2]]
         try:
             threshold = right({})
         except KeyError as error:
             raise LaminaError(f"the bar {self.text!r} needs a constant right of {sign!r}") from error
-        return Clause(text, left, sign, right, ratio, threshold)
+        if not math.isfinite(threshold):
+            raise LaminaError(f"the bar {self.text!r} needs a finite number right of {sign!r}, got {threshold}")
+        return Clause(text, left, sign, right, _neutral(left), threshold)
 
-    def sum(self) -> tuple[_Value, bool]:
-        value, ratio = self.term()
+    def sum(self) -> _Value:
+        value = self.term()
         while self.peek() in ("+", "-"):
             sign = 1.0 if self.take() == "+" else -1.0
-            value, ratio = _add(value, self.term()[0], sign), False
-        return value, ratio
+            value = _add(value, self.term(), sign)
+        return value
 
-    def term(self) -> tuple[_Value, bool]:
-        value, ratio = self.factor(), False
+    def term(self) -> _Value:
+        value = self.factor()
         while self.peek() in ("*", "/"):
-            divide = self.take() == "/"
-            right = self.factor()
-            value, ratio = (_divide(value, right) if divide else _multiply(value, right)), ratio or divide
-        return value, ratio
+            combine = _divide if self.take() == "/" else _multiply
+            value = combine(value, self.factor())
+        return value
 
     def factor(self) -> _Value:
         token = self.take()
         if token == "-":
             return _multiply(self.factor(), lambda _: -1.0)
         if token == "(":
-            inner, _ = self.sum()
+            inner = self.sum()
             self.take(")")
             return inner
         if token[0].isdigit() or token[0] == ".":

@@ -21,9 +21,18 @@ import torch
 
 import lamina
 from lamina.errors import LaminaError
+from lamina.experiments.bars import parse_bar
 from lamina.experiments.harness import Experiment, Measurement, Verdict, figures, verdict
 
 FORMAT = 1
+HARNESS = "lamina.experiments.harness"
+MACHINERY = {
+    HARNESS,
+    *(f"lamina.experiments.{name}" for name in ("bars", "evidence", "methods", "picture", "reproduce")),
+}
+"""What judges; it counts as code behind an experiment only where that imports more of it than the harness."""
+PAGE = {"PARTS", "TESTS"}
+"""Constants of an experiment's module that only its page shows."""
 PACKAGES = ("torch", "numpy", "transformers", "scikit-learn", "safetensors")
 
 
@@ -50,8 +59,18 @@ def folder() -> Path:
     return source if source.is_dir() else package / "evidence"
 
 
-def write(experiment: Experiment, measurements: Sequence[Measurement], seconds: float, into: Path) -> Path:
-    """Write the evidence of one finished run, aside and renamed; return its path."""
+def write(
+    experiment: Experiment,
+    measurements: Sequence[Measurement],
+    seconds: float,
+    into: Path,
+    data: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write the evidence of one finished run, aside and renamed; return its path.
+
+    Args:
+        data: the files of named data sets that it read, by their name below the data folder.
+    """
     judged = verdict(measurements, experiment.bar)
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -65,6 +84,7 @@ def write(experiment: Experiment, measurements: Sequence[Measurement], seconds: 
         "measurements": [_plain(m) for m in measurements],
         "seconds": round(seconds, 1),
         "code": code_hashes(experiment),
+        "data": {name: checksum(path) for name, path in sorted((data or {}).items())},
         "environment": environment(),
     }
     content["digest"] = digest(content)
@@ -92,6 +112,8 @@ def read(slug: str, where: Path | None = None) -> Evidence | None:
         raise LaminaError(f"{path} is not an evidence file: {error}") from error
     if digest(content) != stored:
         raise LaminaError(f"{path} was edited after the run: field 'digest' does not match")
+    if content["slug"] != slug:
+        raise LaminaError(f"{path} is the evidence of another experiment: field 'slug' says {content['slug']!r}")
     return Evidence(path, content)
 
 
@@ -102,40 +124,48 @@ def status(experiment: Experiment, where: Path | None = None) -> str:
         return "-"
     if stale(experiment, evidence):
         return "stale"
-    return judge(experiment, evidence).status or "-"
+    return judge(evidence).status or "-"
 
 
-def judge(experiment: Experiment, evidence: Evidence) -> Verdict:
-    """Compute the verdict anew from the stored measurements and today's bar."""
-    return verdict(evidence.measurements, experiment.bar)
+def judge(evidence: Evidence) -> Verdict:
+    """Compute the verdict anew from the stored measurements and the bar of the run (another bar today: stale)."""
+    return verdict(evidence.measurements, parse_bar(evidence.content["bar"]))
 
 
 def stale(experiment: Experiment, evidence: Evidence) -> list[str]:
-    """List what changed since the run: modules behind the experiment, or its bar; empty = nothing."""
+    """List what changed since the run: modules behind the experiment, its bar, its data; empty = nothing.
+
+    Data that this machine does not have is not held against the evidence.
+    """
     now, then = code_hashes(experiment), evidence.content["code"]
     changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-    return changed + (["bar"] if experiment.bar.text != evidence.content["bar"] else [])
+    if experiment.bar.text != evidence.content["bar"]:
+        changed.append("bar")
+    root = os.environ.get("LAMINA_DATA")
+    for name, stored in evidence.content.get("data", {}).items() if root else ():
+        path = Path(root or "", name)
+        if path.is_file() and checksum(path) != stored:
+            changed.append(f"data {name}")
+    return changed
 
 
 def code_hashes(experiment: Experiment) -> dict[str, str]:
     """Hash the experiment's module and every `lamina` module it imports, directly or not.
 
     Packages (`__init__`) only re-export, so a name imported from one counts for the module that defines it:
-    another method's change does not make this evidence stale. Comments and docstrings do not count.
+    another method's change does not make this evidence stale. Comments, docstrings and what only the method's page
+    shows do not count, nor does the harness that an experiment is declared with: verdicts are computed anew.
     """
     found: dict[str, str] = {}
     todo = [experiment.run.__module__]
     while todo:
         module = todo.pop()
-        if module in found or (module.startswith("lamina.experiments.") and module != experiment.run.__module__):
-            continue
-        path = _source(module)
-        if path is None:
+        path = None if module in found else _source(module)
+        if path is None or path.name == "__init__.py":
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if path.name != "__init__.py":
-            found[module] = hashlib.sha256(ast.unparse(_without_docstrings(tree)).encode()).hexdigest()[:16]
-            todo += _imports(tree)
+        found[module] = hashlib.sha256(repr(_shape(_without_docstrings(tree))).encode()).hexdigest()[:16]
+        todo += [n for n in _imports(tree) if (n in MACHINERY if module in MACHINERY else n != HARNESS)]
     return dict(sorted(found.items()))
 
 
@@ -157,6 +187,12 @@ def environment() -> dict[str, Any]:
 def digest(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of an evidence file's content without its own digest."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(measurement: Measurement) -> dict[str, Any]:
@@ -193,7 +229,19 @@ def _source(module: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
+def _shape(node: Any) -> Any:
+    """Return a syntax tree as nested lists: unlike its source or dump, the same under every version of Python."""
+    if isinstance(node, ast.JoinedStr):
+        # Python 3.12 ends the format of an f-string with an empty constant.
+        return ["JoinedStr", [_shape(v) for v in node.values if getattr(v, "value", None) != ""]]
+    if isinstance(node, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+        return [type(node).__name__, *([name, _shape(value)] for name, value in fields)]
+    return [_shape(n) for n in node] if isinstance(node, list) else repr(node)
+
+
 def _without_docstrings(tree: ast.Module) -> ast.Module:
+    tree.body = [s for s in tree.body if not (_targets(s) & PAGE)]
     for node in ast.walk(tree):
         body: Iterable[Any] = getattr(node, "body", ())
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -205,6 +253,11 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
                 )
             ]
     return tree
+
+
+def _targets(statement: ast.stmt) -> set[str]:
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    return {t.id for t in targets if isinstance(t, ast.Name)}
 
 
 def _commit() -> str | None:

@@ -116,7 +116,8 @@ def find(slug: str) -> Experiment:
     """
     known = experiments()
     if slug not in known:
-        raise LaminaError(f"no experiment is called {slug!r}{nearest(slug, known)}; known: {', '.join(known)}")
+        meant = nearest(slug.lower().replace("_", "-"), known)
+        raise LaminaError(f"no experiment is called {slug!r}{meant}; known: {', '.join(known)}")
     return known[slug]
 
 
@@ -129,8 +130,8 @@ def verdict(measurements: Sequence[Measurement], bar: Bar) -> Verdict:
     """Judge the measurements of all seeds against the bar.
 
     Fewer seeds than asked, or a NaN: no status. The whole interval of every clause's left side satisfies the
-    bar: reproduced. Its mean satisfies it with the margin taken away (0; 1 where the left side is a ratio):
-    direction only. Else not reproduced. Interval: 95 % percentile bootstrap over the per-seed values.
+    bar: reproduced. Its mean satisfies it with the margin taken away (0 for a difference, 1 for a ratio): direction
+    only. Else not reproduced. Interval: 95 % percentile bootstrap over the per-seed values.
     """
     if len(measurements) < bar.seeds:
         return Verdict(None, f"{len(measurements)} seeds measured, the bar asks for {bar.seeds}", ())
@@ -159,6 +160,14 @@ def interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, f
     drawn = np.random.default_rng(0).integers(0, len(sample), size=(resamples, len(sample)))
     low, high = np.percentile(sample[drawn].mean(axis=1), [2.5, 97.5])
     return float(low), mean, float(high)
+
+
+def interval_lines(judged: Verdict, bar: Bar) -> list[str]:
+    """Word what the verdict rests on: a line a clause, with mean and interval of its left side."""
+    return [
+        f"{clause.text}: {mean:.4g} [{low:.4g}, {high:.4g}]"
+        for clause, (low, mean, high) in zip(bar.clauses, judged.intervals, strict=False)
+    ]
 
 
 def figures(value: Figures) -> dict[str, float]:

@@ -43,7 +43,14 @@ from lamina.errors import require
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.nn import LayerNormLSTM
 
-PARTS = ("norm layer_norm", "layer layer_norm_lstm", "layer layer_norm_gru", "layer layer_norm_rnn", "pass replace")
+PARTS = (
+    "norm layer_norm",
+    "layer layer_norm_lstm",
+    "layer layer_norm_gru",
+    "layer layer_norm_rnn",
+    "norm channel_layer_norm",
+    "pass replace",
+)
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 

@@ -11,11 +11,13 @@ from types import ModuleType
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import lamina
 from lamina import registry
 from lamina.experiments import evidence
-from lamina.experiments.harness import Experiment, experiments, figures, find, paper_figures
+from lamina.experiments.bars import parse_bar
+from lamina.experiments.harness import Experiment, experiments, figures, find, interval_lines, paper_figures
 from lamina.registry import Part
 
 console = Console()
@@ -65,16 +67,32 @@ def show(slug: str | None = None, *, parts: bool = False) -> None:
 
 def _show_one(method: Method) -> None:
     one = method.experiment
-    console.print(f"[bold]{one.slug}[/bold]: {method.title}\n")
-    console.print(method.page, highlight=False, markup=False)
-    console.print("\n[bold]Parts[/bold]")
-    for part in method.parts:
-        console.print(f"  {part.kind} {part.name}: {part.place}{signature(part)}", highlight=False, markup=False)
-    console.print(f"\n[bold]Tests[/bold]  {', '.join(method.tests) or '-'}", highlight=False)
-    console.print(f"[bold]Claim[/bold]  {one.source}; bar: {one.bar.text}", highlight=False)
-    console.print(f"[bold]Status[/bold] {evidence.status(one)}", highlight=False)
-    for line in evidence_lines(one):
-        console.print(f"  {line}", highlight=False, markup=False)
+    _print(f"{method.page}\n", head=f"{one.slug}: {method.title}\n\n")
+    parts = (f"  {p.kind} {p.name}: {p.place}{signature(p)}" for p in method.parts)
+    _print("\n".join(parts) + "\n", head="Parts\n")
+    _print(", ".join(method.tests) or "-", head="Tests  ")
+    _print(f"{one.source}; bar: {one.bar.text}", head="Claim  ")
+    _print(evidence.status(one), head="Status ")
+    _print("\n".join(f"  {line}" for line in [*verdict_lines(one), *evidence_lines(one)]))
+
+
+def _print(text: str, head: str = "") -> None:
+    # Wrapped by the terminal alone, so that lines the page has broken already are not broken twice.
+    console.print(Text.assemble((head, "bold"), text), soft_wrap=True, highlight=False)
+
+
+def verdict_lines(one: Experiment) -> list[str]:
+    """Word the verdict on the stored figures: a line a clause of the bar with its interval, and what follows."""
+    found = evidence.read(one.slug)
+    if found is None:
+        return []
+    bar, judged = parse_bar(found.content["bar"]), evidence.judge(found)
+    count = len(found.measurements)
+    basis = "one seed" if count == 1 else f"95 % bootstrap interval of the mean over {count} seeds"
+    # Few values have few means: nothing that an interval of three says goes beyond them.
+    basis += ", nearly smallest to largest" if 1 < count <= 3 else ""
+    lines = interval_lines(judged, bar)
+    return [*lines, f"{judged.status or 'no verdict'} when it ran: {judged.reason} ({basis})"]
 
 
 def evidence_lines(one: Experiment) -> list[str]:
@@ -146,7 +164,7 @@ def _tests(parts: Sequence[Part]) -> tuple[str, ...]:
     for module in modules:
         *packages, name = module.split(".")[1:]
         files += sorted(str(f.relative_to(root)) for f in root.joinpath("tests", *packages).glob(f"test_{name}*.py"))
-    return tuple(files)
+    return tuple(dict.fromkeys(files))
 
 
 def _mean(values: Sequence[float]) -> str:

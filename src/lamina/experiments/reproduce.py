@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lamina.data import noting_files
 from lamina.errors import LaminaError
 from lamina.experiments import evidence, picture
 from lamina.experiments.harness import (
@@ -21,6 +22,7 @@ from lamina.experiments.harness import (
     experiments,
     figures,
     find,
+    interval_lines,
     paper_figures,
     verdict,
 )
@@ -28,7 +30,14 @@ from lamina.experiments.harness import (
 console = Console()
 
 
-def main(slugs: Sequence[str] = (), *, smoke: bool = False, check: bool = False, into: Path | None = None) -> int:
+def main(
+    slugs: Sequence[str] = (),
+    *,
+    smoke: bool = False,
+    check: bool = False,
+    allow_stale: bool = False,
+    into: Path | None = None,
+) -> int:
     """Reproduce the named methods (all of them without a name); return the exit code.
 
     One failing experiment never hides the others; the code is 1 if any failed to run or, with `check`, if any
@@ -37,15 +46,18 @@ def main(slugs: Sequence[str] = (), *, smoke: bool = False, check: bool = False,
     Args:
         smoke: a tenth of the budget, one seed, no evidence written.
         check: train nothing; recompute verdicts, code hashes and digests.
+        allow_stale: with `check`, stale evidence is printed and not counted.
         into: folder for the evidence; default the source tree's.
+    Raises:
+        LaminaError: options that exclude each other, or no experiment is called so.
     """
-    chosen = [find(s) for s in slugs] if slugs else list(experiments().values())
+    if check and smoke:
+        raise LaminaError("--smoke runs the experiments and --check runs nothing: give one of them")
+    if allow_stale and not check:
+        raise LaminaError("--allow-stale belongs to --check")
+    chosen = [find(s) for s in dict.fromkeys(slugs)] if slugs else list(experiments().values())
     if check:
-        problems = [p for e in chosen for p in check_one(e, into)]
-        for problem in problems:
-            console.print(problem, style="red", highlight=False)
-        console.print(f"{len(chosen)} experiments checked, {len(problems)} problems")
-        return int(bool(problems))
+        return _check(chosen, allow_stale, into)
     failed = [e.slug for e in chosen if not _attempt(e, smoke, into)]
     if failed:
         console.print(f"failed to run: {', '.join(failed)}", style="red")
@@ -55,9 +67,10 @@ def main(slugs: Sequence[str] = (), *, smoke: bool = False, check: bool = False,
 def reproduce(experiment: Experiment, *, into: Path | None = None) -> Path:
     """Run every seed of one experiment, write `evidence/<slug>.json` and `.svg`, return the JSON's path."""
     started = time.perf_counter()
-    measurements = [run_seed(experiment, seed) for seed in experiment.seeds]
-    where = into or evidence.folder()
-    path = evidence.write(experiment, measurements, time.perf_counter() - started, where)
+    with noting_files() as files:
+        measurements = [run_seed(experiment, seed) for seed in experiment.seeds]
+    where, seconds = into or evidence.folder(), time.perf_counter() - started
+    path = evidence.write(experiment, measurements, seconds, where, files)
     picture.draw(experiment, measurements, where / f"{experiment.slug}.svg")
     show(experiment, measurements)
     return path
@@ -78,20 +91,25 @@ def run_seed(experiment: Experiment, seed: int) -> Measurement:
 
 
 def check_one(experiment: Experiment, where: Path | None = None) -> list[str]:
-    """List what is wrong with an experiment's stored evidence; empty = nothing."""
+    """List what is wrong with an experiment's stored evidence, stale evidence included; empty = nothing."""
+    aged, wrong = findings(experiment, where)
+    return aged + wrong
+
+
+def findings(experiment: Experiment, where: Path | None = None) -> tuple[list[str], list[str]]:
+    """Return what makes an experiment's stored evidence stale, and what is wrong with it whatever the code says now."""
+    slug = experiment.slug
     try:
-        found = evidence.read(experiment.slug, where)
+        found = evidence.read(slug, where)
+        if found is None:
+            return [], [f"{slug}: no evidence (lamina reproduce {slug})"]
+        aged = [f"{slug}: stale: {name} changed since the run" for name in evidence.stale(experiment, found)]
+        judged = evidence.judge(found)
     except LaminaError as error:
-        return [str(error)]
-    if found is None:
-        return [f"{experiment.slug}: no evidence (lamina reproduce {experiment.slug})"]
-    problems = [f"{experiment.slug}: stale: {name} changed since the run" for name in evidence.stale(experiment, found)]
-    judged = evidence.judge(experiment, found)
-    if judged.status != found.content["status"]:
-        problems.append(
-            f"{experiment.slug}: field 'status' says {found.content['status']}, the bar says {judged.status}"
-        )
-    return problems
+        return [], [str(error)]
+    stored = found.content["status"]
+    wrong = [] if judged.status == stored else [f"{slug}: field 'status' says {stored}, the bar says {judged.status}"]
+    return aged, wrong
 
 
 def show(experiment: Experiment, measurements: Sequence[Measurement]) -> None:
@@ -108,9 +126,24 @@ def show(experiment: Experiment, measurements: Sequence[Measurement]) -> None:
     for name in measurements[0].extra:
         table.add_row(f"{name} (reported)", _spread([m.extra[name] for m in measurements]), "-", "-")
     console.print(table)
-    for clause, (low, mean, high) in zip(experiment.bar.clauses, judged.intervals, strict=False):
-        console.print(f"  {clause.text}: {mean:.4g} [{low:.4g}, {high:.4g}]", highlight=False)
+    for line in interval_lines(judged, experiment.bar):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{judged.status or 'no verdict'}: {judged.reason}", style="bold")
+
+
+def _check(chosen: Sequence[Experiment], allow_stale: bool, into: Path | None) -> int:
+    found = [findings(e, into) for e in chosen]
+    aged, problems = ([line for both in found for line in both[k]] for k in (0, 1))
+    for line in aged:
+        console.print(line, style="yellow" if allow_stale else "red", highlight=False, soft_wrap=True)
+    for line in problems:
+        console.print(line, style="red", highlight=False, soft_wrap=True)
+    if allow_stale:
+        stale = sum(bool(lines) for lines, _ in found)
+        console.print(f"{len(chosen)} experiments checked, {stale} stale, {len(problems)} problems")
+        return int(bool(problems))
+    console.print(f"{len(chosen)} experiments checked, {len(aged) + len(problems)} problems")
+    return int(bool(aged or problems))
 
 
 def _attempt(experiment: Experiment, smoke: bool, into: Path | None) -> bool:
@@ -120,6 +153,9 @@ def _attempt(experiment: Experiment, smoke: bool, into: Path | None) -> bool:
             run_seed(experiment, experiment.seeds[0])
         else:
             reproduce(experiment, into=into)
+    except LaminaError as error:
+        console.print(f"{experiment.slug} failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return False
     except Exception:
         console.print(f"{experiment.slug} failed:", style="red")
         console.print(traceback.format_exc(), highlight=False, markup=False)
