@@ -414,6 +414,13 @@ def test_initialisation_is_the_authors() -> None:
         torch.testing.assert_close(block @ block.T, torch.eye(16), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", NETS)
+def test_shapes_are_known_on_the_meta_device(kind: Any) -> None:
+    net = kind(3, 4, num_layers=2, bidirectional=True, device="meta")
+    output, _ = net(torch.empty(5, 2, 3, device="meta"))
+    assert output.shape == (5, 2, 8)
+
+
 def test_bad_input_is_refused() -> None:
     net = LayerNormLSTM(3, 4)
     with pytest.raises(ShapeError, match="proj_size must be 0, got 2"):
@@ -424,6 +431,22 @@ def test_bad_input_is_refused() -> None:
         net(torch.ones(5, 2, 3, dtype=torch.long))
     with pytest.raises(ShapeError, match=r"initial states \(1, 2, 4\), got \(1, 3, 4\)"):
         net(torch.randn(5, 2, 3), (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)))
+    x = torch.randn(5, 2, 3)
+    for hx, got in (
+        (torch.zeros(1, 2, 4), r"\(2, 4\)"),
+        ((torch.zeros(1, 2, 4),), r"\(1, 2, 4\)"),
+        ((torch.zeros(1, 2, 4),) * 3, r"\(1, 2, 4\), \(1, 2, 4\), \(1, 2, 4\)"),
+    ):
+        with pytest.raises(ShapeError, match=rf"expects \(h, c\), two initial states \(1, 2, 4\), got {got}$"):
+            net(x, hx)
+    with pytest.raises(ShapeError, match=r"LayerNormGRU expects one initial state \(1, 2, 4\), got tuple"):
+        LayerNormGRU(3, 4)(x, (torch.zeros(1, 2, 4),) * 2)
+    with pytest.raises(ShapeError, match=r"one initial state \(1, 4\), got \(1, 1, 4\)"):
+        LayerNormGRU(3, 4)(x[:, 0], torch.zeros(1, 1, 4))
+    with pytest.raises(ShapeError, match=r"two initial states \(2, 4\), got \(2, 4\)"):
+        LayerNormLSTMCell(3, 4)(x[0], (torch.zeros(2, 4),))
+    with pytest.raises(ShapeError, match=r"at least one row, got \(0, 3\)"):
+        LayerNormLSTMCell(3, 4)(torch.randn(0, 3))
     with pytest.raises(ShapeError, match="at least one step"):
         net(torch.randn(0, 2, 3))
     with pytest.raises(ValueError, match="variant"):

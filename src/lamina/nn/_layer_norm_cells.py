@@ -5,6 +5,7 @@ Letters: N = rows of all steps (see `_time_steps`), B = batch, H = hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -103,13 +104,13 @@ class Cell(nn.Module):
             )
         rows = input if input.dim() == 2 else input[None]
         check_floating(self, rows)
+        if not len(rows):
+            raise ShapeError(f"{type(self).__name__} needs at least one row, got {tuple(input.shape)}")
         if state is None:
-            state = (rows.new_zeros(rows.shape[0], self.hidden_size),) * self.states
+            state = (rows.new_zeros(len(rows), self.hidden_size),) * self.states
         else:
+            check_states(self, state, self.states, (*input.shape[:-1], self.hidden_size))
             state = tuple(s if s.dim() == 2 else s[None] for s in state)
-        expected = (rows.shape[0], self.hidden_size)
-        if any(tuple(s.shape) != expected for s in state):
-            raise ShapeError(f"{type(self).__name__} expects a state {expected}, got {[tuple(s.shape) for s in state]}")
         return tuple(s if input.dim() == 2 else s[0] for s in self.run(rows, state))
 
     def _project(self, rows: Tensor) -> Tensor:
@@ -119,7 +120,11 @@ class Cell(nn.Module):
 
     def _recurrent_weight(self) -> Tensor:
         kind = self.weight_hh.device.type
-        if torch.is_autocast_enabled(kind) and self.weight_hh.dtype == torch.float32:
+        if (
+            torch.amp.is_autocast_available(kind)
+            and torch.is_autocast_enabled(kind)
+            and self.weight_hh.dtype == torch.float32
+        ):
             return self.weight_hh.to(torch.get_autocast_dtype(kind))
         return self.weight_hh
 
@@ -303,6 +308,19 @@ class LayerNormRNNCell(Cell):
 def wide(x: Tensor) -> Tensor:
     """Return half precision as float32: statistics and states are never half."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def check_states(module: nn.Module, states: Sequence[Tensor], count: int, expected: tuple[int, ...]) -> None:
+    """Refuse initial states of another number or shape.
+
+    Raises:
+        ShapeError: says both.
+    """
+    found = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in states]
+    if found != [expected] * count:
+        wanted = "one initial state" if count == 1 else "(h, c), two initial states"
+        got = ", ".join(map(str, found)) or "none"
+        raise ShapeError(f"{type(module).__name__} expects {wanted} {expected}, got {got}")
 
 
 def check_floating(module: nn.Module, x: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lamina.errors import ShapeError
-from lamina.nn._layer_norm_cells import SOURCE, Cell, Device, Rows, check_floating
+from lamina.nn._layer_norm_cells import SOURCE, Cell, Device, Rows, check_floating, check_states
 from lamina.nn._layer_norm_cells import LayerNormGRUCell as LayerNormGRUCell
 from lamina.nn._layer_norm_cells import LayerNormLSTMCell as LayerNormLSTMCell
 from lamina.nn._layer_norm_cells import LayerNormRNNCell as LayerNormRNNCell
@@ -73,7 +73,7 @@ class Recurrent(nn.Module):
         if self.batch_first and batched:
             steps = steps.transpose(0, 1)
         length, batch = steps.shape[:2]
-        state = self._state(steps, batch, state if batched or state is None else tuple(s[:, None] for s in state))
+        state = self._state(steps, batch, state, batched)
         rows, final = self._layers(steps.reshape(length * batch, -1), state, None)
         output = rows.view(length, batch, rows.shape[1])
         if not batched:
@@ -110,14 +110,12 @@ class Recurrent(nn.Module):
             rows = outputs[0] if count == 1 else torch.cat(outputs, 1)
         return rows, tuple(torch.stack(s) for s in zip(*final, strict=True))
 
-    def _state(self, like: Tensor, batch: int, state: Rows | None) -> Rows:
-        expected = (len(self.cells), batch, self.hidden_size)
+    def _state(self, like: Tensor, batch: int, state: Rows | None, batched: bool = True) -> Rows:
+        cells, count = len(self.cells), self.cell_class.states
         if state is None:
-            return (like.new_zeros(expected),) * self.cell_class.states
-        for s in state:
-            if tuple(s.shape) != expected:
-                raise ShapeError(f"{type(self).__name__} expects initial states {expected}, got {tuple(s.shape)}")
-        return state
+            return (like.new_zeros(cells, batch, self.hidden_size),) * count
+        check_states(self, state, count, (cells, batch, self.hidden_size) if batched else (cells, self.hidden_size))
+        return state if batched else tuple(s[:, None] for s in state)
 
     def _check(self, input: Tensor) -> None:
         check_floating(self, input)
