@@ -435,6 +435,11 @@ def test_compiled_step_is_the_eager_step() -> None:
         ({"weight_decay": math.nan}, "weight_decay"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"betas": (-0.1, 0.9)}, "betas"),
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"lr": "fast"}, "lr must be >= 0, got 'fast'"),
+        ({"phi": 3.0}, "low <= high, got 3.0"),
+        ({"phi": (0.0, 1.0, 2.0)}, "low <= high"),
         ({"phi": (2.0, 1.0)}, "low <= high"),
         ({"phi": (-1.0, 1.0)}, "low <= high"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
@@ -452,6 +457,8 @@ def test_bad_parameters_are_refused() -> None:
     optimizer = LAMB(make())
     with pytest.raises(LaminaError, match="lr must be"):
         optimizer.add_param_group({"params": make(seed=1), "lr": -1.0})
+    with pytest.raises(LaminaError, match="adapt must be True, False or None"):
+        optimizer.add_param_group({"params": make(seed=1), "adapt": "no"})
     assert len(optimizer.param_groups) == 1
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
@@ -460,6 +467,12 @@ def test_bad_parameters_are_refused() -> None:
     same = make()
     with pytest.raises(ValueError, match="more than one parameter group"):
         LAMB([{"params": same}, {"params": same}])
+
+
+def test_a_group_may_be_empty() -> None:
+    for capturable in (False, True):
+        layers = make()
+        LAMB([{"params": []}, {"params": layers}], capturable=capturable).step()
 
 
 def test_a_flattened_model_is_warned_about() -> None:

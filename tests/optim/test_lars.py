@@ -176,6 +176,7 @@ def test_state_dict_continues_bit_for_bit(variant: Any) -> None:
         ({"variant": "lamb-paper", "nesterov": True}, "neither nesterov"),
         ({"variant": "lamb-paper", "phi": (2.0, 1.0)}, "low <= high"),
         ({"phi": (0.0, 1.0)}, "phi belongs"),
+        ({"lr": None}, "lr must be >= 0, got None"),
         ({"variant": "2018"}, "did you mean '2017'"),
     ],
 )

@@ -6,6 +6,7 @@ A "layer" is one parameter tensor. Nothing here waits for the device: ratios sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -236,14 +237,34 @@ def choose(optimizer: str, option: str, value: T, choices: Sequence[T]) -> None:
 def not_negative(optimizer: str, group: dict[str, Any], *options: str) -> None:
     """Refuse options below 0 (or not a number)."""
     for option in options:
-        if not group[option] >= 0:
-            raise LaminaError(f"{optimizer}: {option} must be >= 0, got {group[option]}")
+        if not (_are_numbers([group[option]], 1) and group[option] >= 0):
+            raise LaminaError(f"{optimizer}: {option} must be >= 0, got {group[option]!r}")
+
+
+def check_betas(optimizer: str, betas: Any) -> None:
+    """Refuse decay rates that are not two numbers from 0 to below 1."""
+    if not (_are_numbers(betas, 2) and all(0 <= b < 1 for b in betas)):
+        raise LaminaError(f"{optimizer}: betas must be two numbers in [0, 1), got {betas}")
+
+
+def check_adapt(optimizer: str, group: dict[str, Any]) -> None:
+    """Refuse a group's `adapt` that is neither a truth value nor None."""
+    if group["adapt"] not in (None, True, False):
+        raise LaminaError(
+            f"{optimizer}: adapt must be True, False or None (as the variant says), got {group['adapt']!r}"
+        )
 
 
 def check_bounds(optimizer: str, phi: Bounds | None) -> None:
     """Refuse clamping bounds that are negative or in the wrong order."""
-    if phi is not None and not 0 <= phi[0] <= phi[1]:
+    if phi is not None and not (_are_numbers(phi, 2) and 0 <= phi[0] <= phi[1]):
         raise LaminaError(f"{optimizer}: phi must be None or (low, high) with 0 <= low <= high, got {phi}")
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    if not isinstance(values, (tuple, list)) or len(values) != count:
+        return False
+    return all(isinstance(v, (Real, Tensor)) for v in values)
 
 
 def _sharded_over(layer: Tensor) -> list[tuple[Any, int]]:

@@ -92,7 +92,7 @@ class LAMB(LayerwiseOptimizer):
         resolved = {k: VARIANTS[variant][k] if v is None else v for k, v in given.items()}
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "variant": variant,
@@ -110,11 +110,11 @@ class LAMB(LayerwiseOptimizer):
         layerwise.choose("LAMB", "variant", group["variant"], tuple(VARIANTS))
         layerwise.not_negative("LAMB", group, "lr", "eps", "weight_decay")
         layerwise.check_bounds("LAMB", group["phi"])
-        if len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]):
-            raise LaminaError(f"LAMB: betas must be two numbers in [0, 1), got {group['betas']}")
+        layerwise.check_betas("LAMB", group["betas"])
+        layerwise.check_adapt("LAMB", group)
         if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:
             raise LaminaError(f"LAMB: max_grad_norm must be > 0 (inf: no clipping), got {group['max_grad_norm']}")
-        if group["capturable"]:
+        if group["capturable"] and group["params"]:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
         if any(getattr(p, "_is_flat_param", False) for p in group["params"]):
             warnings.warn(

@@ -87,6 +87,7 @@ class LARS(LayerwiseOptimizer):
         layerwise.choose("LARS", "variant", group["variant"], VARIANTS)
         layerwise.not_negative("LARS", group, "lr", "eps", "weight_decay", "trust_coefficient")
         layerwise.check_bounds("LARS", group["phi"])
+        layerwise.check_adapt("LARS", group)
         if not 0 <= group["momentum"] < 1 or not 0 <= group["dampening"] <= 1:
             raise LaminaError(
                 "LARS: momentum must be in [0, 1) and dampening in [0, 1], got "
