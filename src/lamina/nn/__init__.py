@@ -1,9 +1,12 @@
 """Layers: plain `nn.Module`s and the functions behind them.
 
 layer_norm      layer normalisation and its recurrent nets
+hypernetwork    the weights of any module generated from a condition
 pooling_mixer   pooling and the control arms of the MetaFormer comparison
 attention       multi-head attention on torch's scaled_dot_product_attention
+equilibrium     mean field at its unique equilibrium: monotone couplings, proximal softmax, fixed points
 feed_forward    the plain and the gated position-wise network
+hypercomplex    linear layers and convolutions with 1/n of the weights
 layout          sequence mixers on images and the other way round
 torch_layers    torch's activations and batch norms under the names recipes use
 """
@@ -11,8 +14,26 @@ torch_layers    torch's activations and batch norms under the names recipes use
 from lamina.nn import torch_layers as torch_layers
 from lamina.nn.attention import Attention as Attention
 from lamina.nn.attention import KeyValueCache as KeyValueCache
+from lamina.nn.equilibrium import EquilibriumHead as EquilibriumHead
+from lamina.nn.equilibrium import MeanFieldEquilibrium as MeanFieldEquilibrium
 from lamina.nn.feed_forward import FeedForward as FeedForward
 from lamina.nn.feed_forward import SwiGLU as SwiGLU
+from lamina.nn.fixed_point_solver import FixedPointInfo as FixedPointInfo
+from lamina.nn.fixed_point_solver import fixed_point as fixed_point
+from lamina.nn.hypercomplex import PHConv1d as PHConv1d
+from lamina.nn.hypercomplex import PHConv2d as PHConv2d
+from lamina.nn.hypercomplex import PHConv3d as PHConv3d
+from lamina.nn.hypercomplex import PHConvTranspose2d as PHConvTranspose2d
+from lamina.nn.hypercomplex import PHMLinear as PHMLinear
+from lamina.nn.hypercomplex import kron_sum as kron_sum
+from lamina.nn.hypercomplex import nearest_kron_sum as nearest_kron_sum
+from lamina.nn.hypernetwork import HyperNetwork as HyperNetwork
+from lamina.nn.hypernetwork_conditions import DataCondition as DataCondition
+from lamina.nn.hypernetwork_conditions import NoiseCondition as NoiseCondition
+from lamina.nn.hypernetwork_conditions import TaskCondition as TaskCondition
+from lamina.nn.hypernetwork_conditions import VectorCondition as VectorCondition
+from lamina.nn.hypernetwork_layers import HyperConv2d as HyperConv2d
+from lamina.nn.hypernetwork_layers import HyperLinear as HyperLinear
 from lamina.nn.layer_norm import ChannelLayerNorm as ChannelLayerNorm
 from lamina.nn.layer_norm import LayerNorm as LayerNorm
 from lamina.nn.layer_norm import RMSNorm as RMSNorm
@@ -26,8 +47,13 @@ from lamina.nn.layer_norm_recurrent import LayerNormRNN as LayerNormRNN
 from lamina.nn.layer_norm_recurrent import LayerNormRNNCell as LayerNormRNNCell
 from lamina.nn.layout import GridAsSequence as GridAsSequence
 from lamina.nn.layout import SequenceAsGrid as SequenceAsGrid
+from lamina.nn.monotone_coupling import Coupling as Coupling
+from lamina.nn.monotone_coupling import MonotoneHollow as MonotoneHollow
+from lamina.nn.monotone_coupling_conv import MonotoneHollowConv as MonotoneHollowConv
 from lamina.nn.pooling_mixer import ChannelNorm2d as ChannelNorm2d
 from lamina.nn.pooling_mixer import IdentityMixer as IdentityMixer
 from lamina.nn.pooling_mixer import PoolingMixer as PoolingMixer
 from lamina.nn.pooling_mixer import RandomMixer as RandomMixer
 from lamina.nn.pooling_mixer import SpatialLinearMixer as SpatialLinearMixer
+from lamina.nn.proximal_softmax import ProxSoftmax as ProxSoftmax
+from lamina.nn.proximal_softmax import prox_softmax as prox_softmax

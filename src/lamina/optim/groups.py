@@ -28,7 +28,8 @@ def parameter_groups(
     Args:
         weight_decay: of the first group, >= 0; the second has 0.
         exclude: `norms_and_biases`: parameters held directly by a normalisation module (by type, or a class
-            called `...Norm`) and those called bias; embeddings stay decayed. `nothing`: one group.
+            called `...Norm`), those called bias, and those a module names in an attribute `undecayed`; embeddings
+            stay decayed. `nothing`: one group.
     Raises:
         LaminaError: a negative decay, or an unknown `exclude`.
     Source: You et al. (2020), arXiv 1904.00962, appendix H (BERT runs).
@@ -51,12 +52,14 @@ def parameter_groups(
 
 
 def norms_and_biases(model: nn.Module) -> frozenset[str]:
-    """Name the parameters that are gains or biases, as `model.named_parameters()` calls them."""
+    """Name the parameters that are gains, biases or `undecayed`, as `model.named_parameters()` calls them."""
     names = dict(model.named_parameters()).keys()
     found = {n for n in names if _BIAS_NAME.search(n.rpartition(".")[2])}
     for prefix, module in model.named_modules():
+        own = getattr(module, "undecayed", ())
         if is_norm(module):
-            found.update(f"{prefix}.{n}" if prefix else n for n, _ in module.named_parameters(recurse=False))
+            own = [n for n, _ in module.named_parameters(recurse=False)]
+        found.update(f"{prefix}.{n}" if prefix else n for n in own)
     return frozenset(found & names)
 
 
