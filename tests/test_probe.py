@@ -184,6 +184,18 @@ def test_observe_streams_and_keeps_nothing() -> None:
         pass
 
 
+def test_observe_says_when_a_module_starts_and_cannot_change_its_input() -> None:
+    said = []
+    with observe(
+        model := net(),
+        {"layers.1": lambda module, args, kwargs, output: said.append("end of 1")},
+        {p: lambda module, args, kwargs, p=p: said.append(f"start of {p[-1]}") or 7 for p in ("layers.0", "layers.1")},
+    ):
+        call(model, batch())
+    assert said == ["start of 0", "start of 1", "end of 1"]
+    assert hooks_on(model) == 0
+
+
 def test_raw_outputs_keep_their_type() -> None:
     Pair = namedtuple("Pair", ["a", "b"])
 

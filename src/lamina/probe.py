@@ -23,6 +23,9 @@ from lamina.errors import AnatomyError
 Callback = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 """Called after a watched module ran, with the module, its positional and keyword arguments, and its output."""
 
+Notice = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""Called before a watched module runs, with the module, its positional and keyword arguments."""
+
 
 class _Stop(BaseException):
     """Ends a forward pass early; no `except Exception` in a model's code can swallow it."""
@@ -109,9 +112,13 @@ def capture(
 
 
 @contextmanager
-def observe(model: nn.Module, callbacks: Mapping[str, Callback]) -> Iterator[None]:
+def observe(
+    model: nn.Module, callbacks: Mapping[str, Callback], before: Mapping[str, Notice] | None = None
+) -> Iterator[None]:
     """Call back after each run of the modules at these paths; nothing is stored (streaming statistics).
 
+    Args:
+        before: called at the start of each run of the modules at its paths.
     Raises:
         AnatomyError: no such path (the nearest are named), or no path at all.
     """
@@ -122,7 +129,15 @@ def observe(model: nn.Module, callbacks: Mapping[str, Callback]) -> Iterator[Non
 
         return after
 
-    with _hooked(model, {}, {p: tell(c) for p, c in callbacks.items()}):
+    def announce(notice: Notice) -> Callable[..., None]:
+        # A pre-hook's result would replace the arguments.
+        def ahead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            notice(module, args, kwargs)
+
+        return ahead
+
+    starts = {p: announce(n) for p, n in (before or {}).items()}
+    with _hooked(model, starts, {p: tell(c) for p, c in callbacks.items()}):
         yield
 
 

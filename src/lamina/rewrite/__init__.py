@@ -2,15 +2,24 @@
 
 rewriting   the Pass protocol, rewrite(), history, replay
 replace     one kind of layer for another, weights carried where a map exists
+conv_bn     convolution and batch norm as one, for fine-tuning with frozen statistics
+fold        norms into the layers around them, for deployment
 drop        remove attention, feed-forward or whole blocks by similarity
 """
 
+from lamina.rewrite.conv_bn import ConvBN as ConvBN
+from lamina.rewrite.conv_bn import ConvBNDecision as ConvBNDecision
+from lamina.rewrite.conv_bn import activation_bytes as activation_bytes
+from lamina.rewrite.conv_bn import release as release
+from lamina.rewrite.conv_bn import set_mode as set_mode
 from lamina.rewrite.drop import DropAttention as DropAttention
 from lamina.rewrite.drop import DropBlock as DropBlock
 from lamina.rewrite.drop import DropDecision as DropDecision
 from lamina.rewrite.drop import DropMLP as DropMLP
 from lamina.rewrite.drop import DropSublayers as DropSublayers
 from lamina.rewrite.drop import import_official as import_official
+from lamina.rewrite.fold import Fold as Fold
+from lamina.rewrite.fold import FoldDecision as FoldDecision
 from lamina.rewrite.replace import Replace as Replace
 from lamina.rewrite.replace import ReplaceDecision as ReplaceDecision
 from lamina.rewrite.rewriting import Pass as Pass
