@@ -964,3 +964,126 @@ def test_all_paths_are_named_modules() -> None:
         for s in itertools.chain.from_iterable(b.sublayers for t in found.trunks for b in t.blocks):
             paths |= {s.path, *s.parts, *s.norms}
         assert paths <= known
+
+
+class Loop(nn.Module):
+    """Blocks in a python list, registered one by one."""
+
+    def __init__(self, makes: Callable[[], nn.Module] = Block, count: int = 3) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+        self.layers = [makes() for _ in range(count)]
+        for i, layer in enumerate(self.layers):
+            self.add_module(f"layer_{i}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h)
+
+
+def test_blocks_numbered_alike_are_a_stack() -> None:
+    found = dissect(Loop())
+    assert [b.path for b in found.trunk().blocks] == ["layer_0", "layer_1", "layer_2"]
+    assert [s.kind for s in found.trunk().blocks[0].sublayers] == ["attention", "mlp"]
+    assert (found.trunk().path, found.embeddings, found.head) == ("", ("embed",), "head")
+    assert dissect(Loop(), batch("pre")) == found
+    inside = nn.ModuleDict({"body": Loop(count=2), "head": nn.Linear(32, 4)})
+    found = dissect(inside)
+    assert (found.trunk().path, found.embeddings) == ("body", ("body.embed",))
+    with pytest.raises(AnatomyError, match="'body' is a Loop, expected a ModuleList or Sequential"):
+        keep_blocks(inside, "body", [0])
+
+
+def test_siblings_of_another_class_that_are_blocks_count_too() -> None:
+    net = Net(Block, 4)
+    net.blocks[1], net.blocks[2] = Inline(), Block("post", lambda: nn.GRU(16, 16, batch_first=True))
+    net.blocks.append(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    assert [b.path for b in dissect(net).trunk().blocks] == [f"blocks.{i}" for i in range(4)]
+
+
+def test_blocks_of_many_classes_are_named_in_the_hint() -> None:
+    net = Net(Block, 2)
+    net.blocks = nn.ModuleList([Block(), Inline()])
+    with pytest.raises(AnatomyError, match=r"Pass blocks='blocks'\.$"):
+        dissect(net)
+    assert dissect(net, blocks="blocks").trunk().depth == 2
+    with pytest.raises(AnatomyError, match=r"Pass blocks= the path of the list, if there is one\.$"):
+        dissect(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+
+def test_a_module_at_several_places_of_a_list_is_measured_at_each() -> None:
+    net = Net(Block, 2)
+    net.blocks = nn.ModuleList([net.blocks[0], net.blocks[1]] * 2)
+    assert dissect(net, batch("pre")) == dissect(net)
+    assert dissect(net).trunk().depth == 4
+
+
+def test_routed_and_shared_experts_are_one_branch() -> None:
+    sizes = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    moe = hf("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **GROUPED, **sizes, shared_expert_intermediate_size=24)
+    block = dissect(moe).trunk().blocks[0]
+    assert [spell(block.path, s) for s in block.sublayers] == [
+        "attention | self_attn | input_layernorm | pre | T",
+        "mlp | mlp | post_attention_layernorm | pre |",
+    ]
+    assert not block.parallel
+
+
+def test_a_tuple_put_together_is_a_tuple() -> None:
+    class Appending(Attention):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (super().forward(x),) + (x, None)[1:]  # noqa: RUF005
+
+    class Symbolic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Appending()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            out = self.inner(x)
+            return (out[0],) + out[1:]  # noqa: RUF005
+
+    class Taking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.attention = nn.LayerNorm(16), Symbolic()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attention(self.norm(x))[0]
+
+    block = dissect(Net(Taking)).trunk().blocks[0]
+    assert spell(block.path, block.sublayers[0]) == "attention | attention | norm | pre | T"
+
+
+def test_mixing_positions_is_no_feed_forward() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2, self.positions, self.channels = (
+                nn.LayerNorm(16), nn.LayerNorm(16), feed_forward(5), feed_forward(),
+            )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.positions(self.norm1(x).mT).mT
+            return x + self.channels(self.norm2(x))
+
+    block = dissect(Net(Mixer)).trunk().blocks[0]
+    assert [(s.kind, s.path) for s in block.sublayers] == [
+        ("branch", "blocks.0.positions"),
+        ("mlp", "blocks.0.channels"),
+    ]
+    assert describe(Net(Mixer)).feed_forward == 40
+
+
+def test_an_attention_that_says_so_is_one_whatever_its_widths_say() -> None:
+    funnel = hf("FunnelBaseModel", "FunnelConfig", vocab_size=32, block_sizes=[1, 1], d_model=16, n_head=4, d_head=4)
+    kinds = [[s.kind for s in t.blocks[0].sublayers] for t in dissect(funnel).trunks]
+    assert kinds == [["attention", "mlp"], ["attention", "mlp"]]
+
+
+def test_heads_of_a_query_cut_in_low_rank() -> None:
+    ranks = {"kv_lora_rank": 8, "q_lora_rank": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    found = describe(hf("DeepseekV3ForCausalLM", "DeepseekV3Config", **{**GROUPED, "num_key_value_heads": 4}, **ranks))
+    assert (found.heads, found.head_width) == (4, 12)

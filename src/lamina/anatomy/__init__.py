@@ -24,7 +24,8 @@ from lamina.anatomy._projections import Projections as Projections
 from lamina.anatomy._projections import attention_projections as attention_projections
 from lamina.anatomy._read import flow_of, read_block
 from lamina.anatomy._shape import FEED_FORWARD, config_of, context_of, first_number, head_sizes, vocabulary_of
-from lamina.anatomy._tree import channels, is_norm, join, widths
+from lamina.anatomy._tree import channels, join, widths
+from lamina.anatomy._tree import is_norm as is_norm
 from lamina.anatomy._types import Anatomy as Anatomy
 from lamina.anatomy._types import Block as Block
 from lamina.anatomy._types import NormPlace as NormPlace
@@ -132,15 +133,19 @@ def _trunk(model: nn.Module, stack: tree.Stack) -> Trunk:
 
 def _confirmed(model: nn.Module, batch: Batch, trunks: tuple[Trunk, ...]) -> tuple[Trunk, ...]:
     """Hold the static reading against one forward pass; what the values say wins."""
-    blocks = [b for t in trunks for b in t.blocks]
+    # A module that stands at several places of a list runs as often, and is watched once.
+    first: dict[int, str] = {}
+    placed = {b.path: first.setdefault(id(get(model, b.path)), b.path) for t in trunks for b in t.blocks}
+    blocks = [b for t in trunks for b in t.blocks if placed[b.path] == b.path]
     parts = {p for b in blocks for s in b.sublayers for p in s.parts}
     norms = {join(b.path, n) for b in blocks for n, m in get(model, b.path).named_modules() if n and is_norm(m)}
     calls = trace(model, batch, {b.path for b in blocks} | parts | norms)
     found = []
     for trunk in trunks:
-        repeats = measured_repeats(calls, trunk.path, tuple(b.path for b in trunk.blocks))
+        repeats = measured_repeats(calls, trunk.path, tuple(placed[b.path] for b in trunk.blocks))
         if repeats is not None:
-            trunk = replace(trunk, repeats=repeats, blocks=tuple(_measured(model, calls, b) for b in trunk.blocks))
+            measured = tuple(_measured(model, calls, b) if b in blocks else b for b in trunk.blocks)
+            trunk = replace(trunk, repeats=repeats, blocks=measured)
         found.append(trunk)
     return tuple(found)
 

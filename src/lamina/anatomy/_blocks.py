@@ -22,12 +22,17 @@ class Stack:
     blocks: tuple[str, ...]
     repeats: int
 
+    def covers(self, path: str, model: nn.Module) -> bool:
+        """Tell a path inside; of a module that holds its blocks among other children, only the blocks are."""
+        whole = self.path != "" and isinstance(model.get_submodule(self.path), _CONTAINERS)
+        return any(is_inside(path, inner) for inner in ((self.path,) if whole else self.blocks))
+
 
 def find_stacks(model: nn.Module) -> list[Stack]:
     """List the innermost containers whose children are blocks, in the order the model registers them."""
-    order = [(path, m) for path, m in model.named_modules() if isinstance(m, _CONTAINERS)]
+    order = [(path, m) for path, m in model.named_modules() if isinstance(m, _CONTAINERS) or _numbered(m)]
     found: list[Stack] = []
-    for path, container in sorted(order, key=lambda item: -item[0].count(".")):
+    for path, container in sorted(order, key=lambda item: -len(item[0].split(".")) if item[0] else 0):
         inner = [s for s in found if is_inside(s.path, path)]
         stack = _stack(path, container, inner)
         if stack is not None:
@@ -53,39 +58,78 @@ def stack_at(model: nn.Module, path: str, module: nn.Module) -> Stack:
 
 def none_found(model: nn.Module) -> AnatomyError:
     """Word the error for a model without blocks."""
-    lists = [path for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and path]
+    able = [(path, m) for path, m in model.named_modules() if isinstance(m, (*_CONTAINERS, nn.ModuleDict)) and path]
+    # A list of lists, or of things with parts, is likelier a stack than a Sequential of layers.
+    likely = [path for path, m in able if len(m) > 1 and all(any(c.children()) for c in m.children())]
     seen = ", ".join(name for name, _ in model.named_children()) or "no submodules"
+    hint = f"Pass blocks={likely[0]!r}" if likely else "Pass blocks= the path of the list, if there is one"
     return AnatomyError(
-        f"found no repeated blocks in `{type(model).__name__}` (looked for a ModuleList or Sequential of siblings with "
-        f"an attention or a residual branch; saw: {seen}). Pass blocks='{lists[0] if lists else 'encoder.layers'}'."
+        f"found no repeated blocks in `{type(model).__name__}` (looked for siblings in a ModuleList or Sequential, or "
+        f"numbered alike, with an attention or a residual branch; saw: {seen}). {hint}."
     )
 
 
 def _stack(path: str, container: nn.Module, inner: list[Stack]) -> Stack | None:
     members = _members(container)
-    if not members:
+    loose = not isinstance(container, _CONTAINERS)
+    # Numbered siblings that hold stacks are stages (a ResNet's layer1 .. layer4).
+    if not members or (loose and any(is_inside(s.path, join(path, n)) for s in inner for n, _ in members)):
         return None
     with_attention = [_has_attention(join(path, n), m, inner) for n, m in members]
     if any(with_attention):
         # A pair (attention wrapper, feed-forward wrapper) is one block's inside, not two blocks.
-        return _made(path, members) if all(with_attention) or len(members) > 2 else None
+        if not all(with_attention) and len(members) == 2:
+            return None
+        return _made(path, _with_other_blocks(path, container, members, inner))
     residual = [(n, m) for n, m in members if _has_residual(join(path, n), m, inner)]
-    return _made(path, residual) if residual else None
+    return _made(path, _with_other_blocks(path, container, residual, inner)) if residual else None
 
 
 def _members(container: nn.Module, *, whole: bool = False) -> list[tuple[str, nn.Module]]:
     """Children of the commonest class, listed once per place they stand at."""
-    children = [(n, m) for n, m in container._modules.items() if m is not None]
-    # A block computes something from parts; leaves and torch's attention are parts themselves.
-    able = [
-        (n, m) for n, m in children if whole or (len(list(m.children())) and not isinstance(m, nn.MultiheadAttention))
-    ]
+    able = [(n, m) for n, m in container._modules.items() if m is not None and (whole or _is_able(m))]
+    if not isinstance(container, _CONTAINERS) and not whole:
+        able = [(n, m) for n, m in able if n in _numbered(container)]
     if whole or not able:
         return able
     kind, count = Counter(type(m) for _, m in able).most_common(1)[0]
-    if count < 2 and not (isinstance(container, nn.ModuleList) and len(children) == 1):
+    if count < 2 and not (isinstance(container, nn.ModuleList) and len(container) == 1):
         return []
     return [(n, m) for n, m in able if type(m) is kind]
+
+
+def _with_other_blocks(
+    path: str, container: nn.Module, members: list[tuple[str, nn.Module]], inner: list[Stack]
+) -> list[tuple[str, nn.Module]]:
+    """Add the siblings of another class that are blocks as well (Jamba: attention here, a state space there)."""
+    known, kind = {n for n, _ in members}, type(members[0][1])
+    mixed = isinstance(container, _CONTAINERS)
+
+    def belongs(name: str, module: nn.Module) -> bool:
+        if not mixed or type(module) is kind or not _is_able(module):
+            return name in known
+        place = join(path, name)
+        return _has_attention(place, module, inner) or _has_residual(place, module, inner)
+
+    return [(n, m) for n, m in container._modules.items() if m is not None and belongs(n, m)]
+
+
+def _is_able(module: nn.Module) -> bool:
+    """Tell what may be a block: it computes something from parts; leaves and torch's attention are parts."""
+    return any(True for _ in module.children()) and not isinstance(module, nn.MultiheadAttention)
+
+
+def _numbered(module: nn.Module) -> set[str]:
+    """Names of the most children that are numbered alike (`layer_0`, `layer_1`), outside containers."""
+    if isinstance(module, _CONTAINERS):
+        return set()
+    stems: dict[tuple[str, type], set[str]] = {}
+    for name, child in module._modules.items():
+        stem = name.rstrip("0123456789")
+        if child is not None and stem != name and _is_able(child):
+            stems.setdefault((stem, type(child)), set()).add(name)
+    longest = max(stems.values(), key=len, default=set())
+    return longest if len(longest) > 1 else set()
 
 
 def _made(path: str, members: list[tuple[str, nn.Module]]) -> Stack:
@@ -114,7 +158,7 @@ def embeddings(model: nn.Module, stacks: list[Stack]) -> tuple[str, ...]:
     found: list[str] = []
     before = True
     for path, module in model.named_modules():
-        if _covers(stacks, path):
+        if _covers(model, stacks, path):
             before = before and not is_inside(path, stacks[0].blocks[0])
             continue
         table = isinstance(module, nn.Embedding)
@@ -130,7 +174,7 @@ def final_norm(model: nn.Module, last: Stack, stacks: list[Stack], width: int | 
     passed = False
     for path, module in model.named_modules():
         passed = passed or path == last.blocks[-1]
-        if _covers(stacks, path) or not is_norm(module) or not path:
+        if _covers(model, stacks, path) or not is_norm(module) or not path:
             continue
         sizes = {p.shape[0] for p in module.parameters() if p.dim() == 1}
         if (
@@ -150,7 +194,7 @@ def head(model: nn.Module, last: Stack, stacks: list[Stack], width: int | None) 
         if named is not None and module is named:
             return path
         size = widths(module)
-        if size is None or _covers(stacks, path) or "pool" in path:
+        if size is None or _covers(model, stacks, path) or "pool" in path:
             continue
         fits = width is None or size[0] == width
         if fits and _stands_above(model, path, last):
@@ -159,15 +203,16 @@ def head(model: nn.Module, last: Stack, stacks: list[Stack], width: int | None) 
 
 
 def _stands_above(model: nn.Module, path: str, last: Stack) -> bool:
+    if any(word in path for word in ("head", "classifier")):
+        return True
     parent, _, name = path.rpartition(".")
     if is_inside(last.path, parent):
         # A projection registered before the trunk leads into it.
         names = list(dict(model.get_submodule(parent).named_children()))
         child = last.blocks[-1].removeprefix(parent).lstrip(".").partition(".")[0]
         return names.index(name) > names.index(child)
-    return any(word in path for word in ("head", "classifier"))
+    return False
 
 
-def _covers(stacks: list[Stack], path: str) -> bool:
-    """Tell a path inside a trunk; where the trunk is the whole model, only its blocks are."""
-    return any(is_inside(path, inner) for s in stacks for inner in (s.blocks if s.path == "" else (s.path,)))
+def _covers(model: nn.Module, stacks: list[Stack], path: str) -> bool:
+    return any(s.covers(path, model) for s in stacks)

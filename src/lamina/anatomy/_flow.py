@@ -15,11 +15,13 @@ import torch
 from torch import fx, nn
 
 from lamina.anatomy._look import undisturbed
-from lamina.anatomy._tree import is_attention, is_head_norm, is_inside, is_norm, join, widths
+from lamina.anatomy._tree import hint, is_attention, is_head_norm, is_inside, is_norm, join, widths
 
 _MEMORY = frozenset({"encoder_hidden_states", "memory", "encoder_output", "encoder_outputs", "cross_attention_states"})
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SIZES = frozenset({"size", "dim", "numel", "stride"})
+_VIEWS = frozenset({"mT", "T", "data"})
+"""Attributes of a tensor that are its values again; all others are sizes and the like."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class _Tracer(fx.Tracer):
             self.stack.append(path)
             try:
                 result = forward(*args, **kwargs)
-                if isinstance(result, tuple):
+                if isinstance(result, tuple) or _is_joined_tuple(result):
                     self.tuples.add(path.removeprefix("block."))
                 return result
             except Exception:
@@ -141,6 +143,9 @@ class _Tracer(fx.Tracer):
 
 def _is_unit(module: nn.Module) -> bool:
     if widths(module) or is_norm(module) or not any(True for _ in module.children()):
+        return True
+    if any(p.dim() > 1 for p in module.parameters(recurse=False)) and hint(type(module).__name__) == "attention":
+        # Its projections are bare weights (XLNet): traced into, they would not show.
         return True
     own_norm = any(is_norm(c) and not is_head_norm(n) for n, c in module.named_children())
     return is_attention(module) and not own_norm
@@ -257,9 +262,16 @@ class _Reader:
             short, long = sorted(branches, key=lambda v: len(v.strands[0].units))
             if self._is_prefix(short, long):
                 return self._close_hidden(short.strands[0], long.strands[0], scope)
-            separate = not set(_units(short)) & set(_units(long))
+            separate = not set(_units(short)) & set(_units(long)) and not self._is_one_module(branches, scope)
             return _Value("branch", (*branches[0].strands, *branches[1].strands)) if separate else _merge(given)
         return _merge([v for v in given if v.role == "stream"] or given)
+
+    def _is_one_module(self, branches: list[_Value], scope: str) -> bool:
+        """Tell two ways through one module, added up in it (routed and shared experts), from parallel branches."""
+        if not scope or not all(is_inside(u, scope) for v in branches for u in _units(v)):
+            return False
+        attending = [any(is_attention(self.block.get_submodule(u)) for u in _units(v)) for v in branches]
+        return attending[0] == attending[1]
 
     def _is_prefix(self, short: _Value, long: _Value) -> bool:
         """Tell an opaque module that must add the residual itself: its output is the stream of what follows."""
@@ -305,8 +317,16 @@ def _is_item(node: fx.Node) -> bool:
     return node.target is operator.getitem and isinstance(node.args[1], (int, slice))
 
 
+def _is_joined_tuple(result: Any) -> bool:
+    """Tell a tuple put together from known and symbolic parts, `(output,) + rest`."""
+    node = result.node if isinstance(result, fx.Proxy) else None
+    return node is not None and node.target in _ADD and any(isinstance(a, (tuple, list)) for a in node.args)
+
+
 def _is_size(node: fx.Node) -> bool:
-    return (node.op == "call_method" and node.target in _SIZES) or node.target is getattr
+    if node.target is getattr:
+        return node.args[1] not in _VIEWS
+    return node.op == "call_method" and node.target in _SIZES
 
 
 def _units(value: _Value) -> list[str]:

@@ -46,8 +46,9 @@ def _sublayer(path: str, block: nn.Module, branch: Branch, flow: Flow) -> Sublay
     strand = branch.strand
     norms, place = _norms(block, branch)
     parts = outermost(block, strand.units, {m for b in flow.branches if b is not branch for m in b.modules})
+    kind = _kind(block, strand.units, parts, strand.crosses)
     return Sublayer(
-        kind=_kind(block, strand.units, parts, strand.crosses),
+        kind="branch" if kind == "mlp" and not _reads_channels(block, strand.units[0], norms) else kind,
         path=join(path, parts[0]),
         parts=tuple(join(path, p) for p in parts),
         norms=tuple(join(path, n) for n in norms),
@@ -93,13 +94,20 @@ def _kind(
     if any(is_attention(m) for m in modules) or (said != "mlp" and reads_like_attention(sizes)):
         return "cross_attention" if crosses else "attention"
     mixes = any(channels(m) for m in modules) and said != "mlp"
-    if len(sizes) >= 2 and sizes[0][0] == sizes[-1][1] and not mixes:
+    if len(sizes) >= 2 and sizes[0][0] == sizes[-1][1] and not mixes and said != "attention":
         return "mlp"
     if any(_is_feed_forward(m) for m in modules) or (said == "mlp" and not sizes):
         return "mlp"
     if said == "attention":
         return "cross_attention" if crosses else "attention"
     return "branch"
+
+
+def _reads_channels(block: nn.Module, unit: str, norms: tuple[str, ...]) -> bool:
+    """Tell a feed-forward of channels from one of positions (MLP-Mixer), which reads another width than its norm."""
+    size = widths(block.get_submodule(unit))
+    normed = {int(p.shape[0]) for n in norms for p in block.get_submodule(n).parameters() if p.dim() == 1}
+    return size is None or not normed or size[0] in normed
 
 
 def _is_feed_forward(module: nn.Module) -> bool:

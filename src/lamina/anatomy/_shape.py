@@ -78,11 +78,11 @@ def vocabulary_of(model: nn.Module, tables: list[nn.Embedding], head_out: int | 
 
 
 def _out_widths(core: nn.Module) -> tuple[int | None, int | None]:
-    """Output widths of the query and of the key projection."""
+    """Output widths of the query and of the key projection (of the last of two, where one is cut in low rank)."""
     sizes = projections(core)
     if len(sizes) == 2:
         (_, fused), (mixed, _) = sizes.values()
         return mixed, (fused - mixed) // 2
-    query = next((out for name, (_, out) in sizes.items() if _QUERY.search(name)), None)
-    key = next((out for name, (_, out) in sizes.items() if _KEY.search(name)), None)
+    query = next((out for name, (_, out) in reversed(sizes.items()) if _QUERY.search(name)), None)
+    key = next((out for name, (_, out) in reversed(sizes.items()) if _KEY.search(name)), None)
     return query, key
