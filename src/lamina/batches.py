@@ -36,12 +36,18 @@ def call(model: nn.Module, batch: Batch, **options: Any) -> Any:
 
     A forward that names none of them gets the first tensor that is not a target, positionally, so a
     home-made `forward(self, x)` works with any batch. `options` are passed if forward takes them.
+    A model that hands its inputs on to a module inside names it in `lamina_wrapped`: what its own forward names goes
+    along, and the rest is chosen by the inner forward.
     """
-    parameters = inspect.signature(bare(model).forward).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     inputs = {k: v for k, v in batch.items() if k not in TARGETS}
+    inner = bare(model)
+    parameters, along = inspect.signature(inner.forward).parameters, {}
+    if isinstance(wrapped := getattr(inner, "lamina_wrapped", None), nn.Module):
+        along = {k: inputs.pop(k) for k in parameters if k in inputs}
+        parameters = inspect.signature(wrapped.forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {k: v for k, v in inputs.items() if k in parameters}
-    extra = {k: v for k, v in options.items() if k in parameters or open_ended}
+    extra = {k: v for k, v in options.items() if k in parameters or open_ended} | along
     if named:
         return model(**named, **extra)
     for value in inputs.values():

@@ -121,11 +121,12 @@ def fill(model: nn.Module, weights: Path) -> None:
     Raises:
         LaminaError: the file cannot be read, or names or shapes differ (the first ones are named).
     """
-    own = model.state_dict(keep_vars=True)
-    names = _unique(own)
     try:
         with safe_open(str(weights), framework="pt") as stored:
             held = set(stored.keys())
+            _make_room(model, {name: stored.get_slice(name).get_shape() for name in held})
+            own = model.state_dict(keep_vars=True)
+            names = _unique(own)
             missing, unknown = sorted(set(names) - held), sorted(held - set(own))
             if missing or unknown:
                 raise LaminaError(
@@ -143,6 +144,14 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_room(model: nn.Module, shapes: Mapping[str, list[int]]) -> None:
+    """Tell modules whose buffers grow while they are used (`prepare_to_load`) the shapes of theirs."""
+    for path, module in model.named_modules():
+        told = getattr(module, "prepare_to_load", None)
+        if told is not None:
+            told({name.removeprefix(f"{path}."): s for name, s in shapes.items() if name.startswith(f"{path}.")})
 
 
 def _copy(own: Tensor, stored: Tensor, name: str, weights: Path) -> None:

@@ -1,11 +1,15 @@
 """Objectives: what a training step minimises.
 
 objective     the protocol; weighted sums
+hypernetwork  hold the weights that a hypernetwork made for earlier tasks
 supervised    next token, masked token, classification, regression
 distillation  follow a teacher's logits and hidden states
+masked_marginals  what was hidden of a Boltzmann machine's variables
 """
 
 from lamina.objectives.distillation import Distillation as Distillation
+from lamina.objectives.hypernetwork import HyperNetworkDrift as HyperNetworkDrift
+from lamina.objectives.masked_marginals import MaskedMarginals as MaskedMarginals
 from lamina.objectives.objective import Losses as Losses
 from lamina.objectives.objective import Objective as Objective
 from lamina.objectives.objective import WeightedSum as WeightedSum
