@@ -9,6 +9,7 @@ from torch import nn
 
 from lamina.errors import LaminaError
 from lamina.gradients import attach
+from lamina.objectives import WeightedSum
 from lamina.optim import parameter_groups
 from lamina.registry import describe
 
@@ -118,6 +119,48 @@ def test_an_objective_of_outputs_gives_the_same_from_outputs(example):
         torch.testing.assert_close(part.loss(outputs, batch)["loss"], part(model, batch)["loss"])
     else:
         assert part.needs == "model"
+
+
+def follow(example, model, part, steps):
+    """Train by an objective, its own parameters along; a model in place of the teacher that it may want."""
+    if hasattr(part, "before_rewrite"):
+        part.before_rewrite(example.model())
+    optimizer = torch.optim.SGD([*model.parameters(), *part.parameters()], lr=0.1)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(losses_of(example, model, part)["loss"])
+        losses[-1].backward()
+        optimizer.step()
+    return torch.stack(losses).detach()
+
+
+@pytest.mark.parametrize("example", of("objective"), ids=label)
+@pytest.mark.parametrize("summed", [False, True], ids=["alone", "in-a-sum"])
+def test_an_objective_killed_and_resumed_equals_one_never_killed(example, summed):
+    def fresh():
+        torch.manual_seed(0)
+        part = make(example)
+        return WeightedSum([(0.5, part)]) if summed else part
+
+    expected = follow(example, example.model(), fresh(), 4)
+    model, part = example.model(), fresh()
+    first = follow(example, model, part, 2)
+    state = copy.deepcopy(part.state_dict()) if hasattr(part, "state_dict") else None
+    part = fresh()
+    if hasattr(part, "before_rewrite"):
+        part.before_rewrite(example.model())
+    if state is not None:
+        part.load_state_dict(state)
+    assert torch.equal(torch.cat([first, follow(example, model, part, 2)]), expected)
+
+
+@pytest.mark.parametrize("example", of("objective"), ids=label)
+def test_a_deep_copy_of_an_objective_is_equal_and_independent(example):
+    model, part = example.model(), make(example)
+    other = copy.deepcopy(part)
+    first = losses_of(example, model, other)["loss"]
+    assert torch.equal(losses_of(example, model, part)["loss"], first)
 
 
 @pytest.mark.parametrize("example", of("objective"), ids=label)

@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ def test_the_byte_counter_is_saved():
 
 
 def _work(rank, world, file, queue):
+    warnings.simplefilter("error")
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))

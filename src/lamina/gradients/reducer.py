@@ -202,10 +202,10 @@ def gather(flat: Tensor, group: Group) -> Tensor:
     world = size(group)
     if world == 1:
         return flat[None]
-    counts = torch.empty(world, dtype=torch.long, device=flat.device)
-    dist.all_gather_into_tensor(counts, torch.tensor([flat.numel()], device=flat.device), group=group)
-    if len(set(counts.tolist())) > 1:
-        raise ShapeError(f"the workers' gradients differ in length: {counts.tolist()}")
+    counts = torch.empty((world, 1), dtype=torch.long, device=flat.device)
+    dist.all_gather(list(counts.unbind()), torch.tensor([flat.numel()], device=flat.device), group=group)
+    if len(set(counts.flatten().tolist())) > 1:
+        raise ShapeError(f"the workers' gradients differ in length: {counts.flatten().tolist()}")
     everyone = flat.new_empty((world, flat.numel()))
-    dist.all_gather_into_tensor(everyone.view(-1), flat.contiguous(), group=group)
+    dist.all_gather(list(everyone.unbind()), flat.contiguous(), group=group)
     return everyone
