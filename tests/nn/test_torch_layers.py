@@ -15,6 +15,15 @@ EXAMPLES = [Example("layer", name, inputs=lambda: (torch.randn(2, 5),)) for name
 ]
 EXAMPLES.append(Example("layer", "linear", {"in_features": 5, "out_features": 3}, inputs=lambda: (torch.randn(2, 5),)))
 
+EXAMPLES.append(
+    Example(
+        "layer",
+        "conv2d",
+        {"in_channels": 2, "out_channels": 3, "kernel_size": 3},
+        inputs=lambda: (torch.randn(1, 2, 4, 4),),
+    )
+)
+
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_torchs_functions(name: str) -> None:

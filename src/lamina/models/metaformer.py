@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lamina.errors import RecipeError, ShapeError
 from lamina.nn.layout import SequenceAsGrid, layout_of
+from lamina.nn.torch_layers import draw
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
 
@@ -63,17 +64,24 @@ class LayerScale(nn.Module):
 
 
 class ChannelFeedForward(nn.Module):
-    """Two 1x1 convolutions with a GELU between: the same network at every position. (B, C, H, W) -> same."""
+    """Two 1x1 convolutions with a GELU between: the same network at every position. (B, C, H, W) -> same.
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+    Both are built as conv(in, out, 1).
+    """
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0, conv: Node = "conv2d") -> None:
         super().__init__()
-        self.up = nn.Conv2d(width, hidden, 1)
+        make = factory("layer", conv)
+        self.up = make(width, hidden, 1)
         self.activation = nn.GELU()
-        self.down = nn.Conv2d(hidden, width, 1)
+        self.down = make(hidden, width, 1)
         self.dropout = nn.Dropout(dropout)
         for layer in (self.up, self.down):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            if type(layer) is nn.Conv2d:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            else:
+                draw(layer, 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply at every position."""
@@ -111,6 +119,7 @@ class MetaFormerBlock(nn.Module):
         norm: built as norm(width).
         layer_scale: where the learned factors s start; None = no factors.
         drop_path: share of rows that skip each branch, in training.
+        conv: the two 1x1 convolutions of the feed-forward, built as conv(in, out, 1).
         mlp: False leaves the second branch out; residual: False leaves out both additions (ablations).
     Source: equations 2 and 3.
     """
@@ -127,6 +136,7 @@ class MetaFormerBlock(nn.Module):
         dropout: float = 0.0,
         mlp: bool = True,
         residual: bool = True,
+        conv: Node = "conv2d",
     ) -> None:
         super().__init__()
         make_norm = factory("norm", norm)
@@ -135,7 +145,7 @@ class MetaFormerBlock(nn.Module):
         self.mixer = mixer if layout_of(mixer) == "grid" else SequenceAsGrid(mixer)
         self.scale1 = _scale(width, layer_scale)
         self.norm2: nn.Module | None = make_norm(width) if mlp else None
-        self.feed_forward = ChannelFeedForward(width, int(mlp_ratio * width), dropout) if mlp else None
+        self.feed_forward = ChannelFeedForward(width, int(mlp_ratio * width), dropout, conv) if mlp else None
         self.scale2 = _scale(width, layer_scale) if mlp else None
         self.drop_path = DropPath(drop_path)
 
@@ -168,6 +178,7 @@ class MetaFormer(nn.Module):
         image: (H, W) or side of the images, for mixers and positions that are bound to a size; None = any size.
         positions: whether a stage adds a learned position embedding at its entry; one value or one per stage.
         mlp, residual: False for the ablations "mixer only".
+        conv: the two 1x1 convolutions of every feed-forward, built as conv(in, out, 1).
         head: built as head(widths[-1], classes).
     Raises:
         RecipeError: lists of other lengths than depths, or a bound mixer without `image`.
@@ -197,6 +208,7 @@ class MetaFormer(nn.Module):
         mlp: bool = True,
         residual: bool = True,
         features_only: bool = False,
+        conv: Annotated[Node, Slot("layer")] = "conv2d",
         head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
@@ -217,7 +229,7 @@ class MetaFormer(nn.Module):
             self.positions.append(_positions(width, grids[i]) if places[i] else nn.Identity())
             given = {"width": width, "heads": max(width // 32, 1), **({"grid": grids[i]} if grids[i] else {})}
             options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "norm": norm, "layer_scale": layer_scale}
-            options |= {"dropout": dropout, "mlp": mlp, "residual": residual}
+            options |= {"dropout": dropout, "mlp": mlp, "residual": residual, "conv": conv}
             blocks = [MetaFormerBlock(width, make(**given), drop_path=next(rates), **options) for _ in range(depth)]
             self.stages.append(nn.Sequential(*blocks))
         make_norm = factory("norm", norm)

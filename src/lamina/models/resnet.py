@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -19,14 +19,14 @@ class BasicBlock(nn.Module):
 
     expansion: ClassVar[int] = 1
 
-    def __init__(self, channels: int, width: int, stride: int, norm: Make, activation: Make) -> None:
+    def __init__(self, channels: int, width: int, stride: int, norm: Make, activation: Make, conv: Make) -> None:
         super().__init__()
-        self.conv1 = convolution(channels, width, 3, stride)
+        self.conv1 = convolution(conv, channels, width, 3, stride)
         self.norm1 = norm(width)
         self.activation1 = activation()
-        self.conv2 = convolution(width, width, 3)
+        self.conv2 = convolution(conv, width, width, 3)
         self.norm2 = norm(width)
-        self.shortcut = shortcut(channels, width, stride, norm)
+        self.shortcut = shortcut(channels, width, stride, norm, conv)
         self.activation2 = activation()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,18 +41,18 @@ class BottleneckBlock(nn.Module):
 
     expansion: ClassVar[int] = 4
 
-    def __init__(self, channels: int, width: int, stride: int, norm: Make, activation: Make) -> None:
+    def __init__(self, channels: int, width: int, stride: int, norm: Make, activation: Make, conv: Make) -> None:
         super().__init__()
         out = self.expansion * width
-        self.conv1 = convolution(channels, width, 1)
+        self.conv1 = convolution(conv, channels, width, 1)
         self.norm1 = norm(width)
         self.activation1 = activation()
-        self.conv2 = convolution(width, width, 3, stride)
+        self.conv2 = convolution(conv, width, width, 3, stride)
         self.norm2 = norm(width)
         self.activation2 = activation()
-        self.conv3 = convolution(width, out, 1)
+        self.conv3 = convolution(conv, width, out, 1)
         self.norm3 = norm(out)
-        self.shortcut = shortcut(channels, out, stride, norm)
+        self.shortcut = shortcut(channels, out, stride, norm, conv)
         self.activation3 = activation()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,6 +79,8 @@ class ResNet(nn.Module):
         stem: "imagenet" (7x7 of stride 2 and max-pooling: a quarter of the size) or "small" (3x3, full size).
         norm: built as norm(channels), works on (B, channels, H, W).
         activation: built without arguments; "identity" where the norm brings its own.
+        conv: the convolutions of the blocks and shortcuts (not the stem's, which reads the image), built as
+            conv(channels, out, kernel_size, stride=, padding=, bias=False).
         head: built as head(channels, classes).
     Raises:
         RecipeError: unknown block or stem. ShapeError: depths and widths do not match, or a size is not positive.
@@ -101,11 +103,13 @@ class ResNet(nn.Module):
         channels: int = 3,
         norm: Annotated[Node, Slot("norm")] = "batch_norm_2d",
         activation: Annotated[Node, Slot("layer")] = "relu",
+        conv: Annotated[Node, Slot("layer")] = "conv2d",
         head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
         _check(depths, widths, block, stem, classes, channels)
         make_norm, make_activation = factory("norm", norm), factory("layer", activation)
+        make_conv = factory("layer", conv)
         make_block = BLOCKS[block]
         self.stem = make_stem(channels, widths[0], stem, make_norm, make_activation)
         self.stages = nn.ModuleList()
@@ -114,7 +118,7 @@ class ResNet(nn.Module):
             blocks: list[nn.Module] = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(make_block(channels, width, stride, make_norm, make_activation))
+                blocks.append(make_block(channels, width, stride, make_norm, make_activation, make_conv))
                 channels = width * make_block.expansion
             self.stages.append(nn.Sequential(*blocks))
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -129,21 +133,21 @@ class ResNet(nn.Module):
 
 
 @register("model", source="He et al. 2016, table 1")
-def resnet18(classes: int = 1000, channels: int = 3) -> ResNet:
+def resnet18(classes: int = 1000, channels: int = 3, *, conv: Annotated[Node, Slot("layer")] = "conv2d") -> ResNet:
     """ResNet-18: basic blocks 2-2-2-2; 11.7 M parameters."""
-    return ResNet((2, 2, 2, 2), classes=classes, channels=channels)
+    return ResNet((2, 2, 2, 2), classes=classes, channels=channels, conv=conv)
 
 
 @register("model", source="He et al. 2016, table 1")
-def resnet34(classes: int = 1000, channels: int = 3) -> ResNet:
+def resnet34(classes: int = 1000, channels: int = 3, *, conv: Annotated[Node, Slot("layer")] = "conv2d") -> ResNet:
     """ResNet-34: basic blocks 3-4-6-3; 21.8 M parameters."""
-    return ResNet((3, 4, 6, 3), classes=classes, channels=channels)
+    return ResNet((3, 4, 6, 3), classes=classes, channels=channels, conv=conv)
 
 
 @register("model", source="He et al. 2016, table 1; stride: version 1.5")
-def resnet50(classes: int = 1000, channels: int = 3) -> ResNet:
+def resnet50(classes: int = 1000, channels: int = 3, *, conv: Annotated[Node, Slot("layer")] = "conv2d") -> ResNet:
     """ResNet-50: bottleneck blocks 3-4-6-3; 25.6 M parameters."""
-    return ResNet((3, 4, 6, 3), block="bottleneck", classes=classes, channels=channels)
+    return ResNet((3, 4, 6, 3), block="bottleneck", classes=classes, channels=channels, conv=conv)
 
 
 @register("model", source="He et al. 2016, section 4.2")
@@ -153,33 +157,34 @@ def resnet20(
     *,
     norm: Annotated[Node, Slot("norm")] = "batch_norm_2d",
     activation: Annotated[Node, Slot("layer")] = "relu",
+    conv: Annotated[Node, Slot("layer")] = "conv2d",
 ) -> ResNet:
     """ResNet-20 for images of about 32 x 32: basic blocks 3-3-3 of width 16-32-64; 0.27 M parameters."""
-    return ResNet(
-        (3, 3, 3), (16, 32, 64), stem="small", classes=classes, channels=channels, norm=norm, activation=activation
-    )
+    options: dict[str, Any] = {"norm": norm, "activation": activation, "conv": conv}
+    return ResNet((3, 3, 3), (16, 32, 64), stem="small", classes=classes, channels=channels, **options)
 
 
 def make_stem(channels: int, width: int, stem: str, norm: Make, activation: Make) -> nn.Sequential:
     """Build the layers ahead of the first stage."""
     if stem == "small":
-        return nn.Sequential(convolution(channels, width, 3), norm(width), activation())
+        return nn.Sequential(convolution(nn.Conv2d, channels, width, 3), norm(width), activation())
     return nn.Sequential(
-        convolution(channels, width, 7, 2), norm(width), activation(), nn.MaxPool2d(3, stride=2, padding=1)
+        convolution(nn.Conv2d, channels, width, 7, 2), norm(width), activation(), nn.MaxPool2d(3, stride=2, padding=1)
     )
 
 
-def shortcut(channels: int, out: int, stride: int, norm: Make) -> nn.Module:
+def shortcut(channels: int, out: int, stride: int, norm: Make, conv: Make) -> nn.Module:
     """Return the identity where the shape stays, else a 1x1 convolution with its norm."""
     if stride == 1 and channels == out:
         return nn.Identity()
-    return nn.Sequential(convolution(channels, out, 1, stride), norm(out))
+    return nn.Sequential(convolution(conv, channels, out, 1, stride), norm(out))
 
 
-def convolution(channels: int, out: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """Make a convolution that keeps height and width (up to the stride), with He's initialisation and no bias."""
-    layer = nn.Conv2d(channels, out, size, stride=stride, padding=size // 2, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+def convolution(make: Make, channels: int, out: int, size: int, stride: int = 1) -> nn.Module:
+    """Make a convolution that keeps height and width (up to the stride), without a bias; He's start for torch's own."""
+    layer = make(channels, out, size, stride=stride, padding=size // 2, bias=False)
+    if type(layer) is nn.Conv2d:
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
 
 

@@ -66,13 +66,14 @@ class Transformer(nn.Module):
         mixer: built as mixer(width=, heads=, kv_heads=, context=, causal=, rotary=, dropout=), as far as it names them.
             Where causal or rotary is asked for, the mixer must have an attribute of that name that is true.
         norm: built as norm(width).
-        feed_forward: built as feed_forward(width, hidden, dropout=).
+        feed_forward: built as feed_forward(width=, hidden=, dropout=), as far as it names them.
         hidden: channels inside the feed-forward; None = its own default.
         kv_heads: heads of keys and values; None = heads.
         position: "rotary" (inside the mixer), "learned" (added to the embeddings), or "none".
         dropout: of embeddings, attention weights and branches, in training; 0..1.
         tie: the output projection is the token embedding (language models with a plain head only).
         classes: make a classifier with that many outputs.
+        linear: the layers inside mixer and feed_forward, as far as they have a slot of that name.
         head: built as head(width, vocabulary or classes); of a language model the plain one has no bias.
     Raises:
         ShapeError: sizes do not fit. RecipeError: the mixer cannot do what is asked (causal, rotary, sequences).
@@ -100,6 +101,7 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         tie: bool = True,
         classes: int | None = None,
+        linear: Annotated[Node, Slot("layer")] = "linear",
         head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
@@ -109,13 +111,15 @@ class Transformer(nn.Module):
         self.context, self.causal, self.classes = context, causal, classes
         make_norm, make_mixer = factory("norm", norm), factory("mixer", mixer)
         make_feed_forward = factory("layer", feed_forward)
-        given = {"width": width, "heads": heads, "kv_heads": kv_heads, "context": context, "causal": causal}
+        check_linear(linear, make_mixer, make_feed_forward)
+        given: dict[str, Any] = {"width": width, "heads": heads, "kv_heads": kv_heads, "linear": linear}
+        given |= {"context": context, "causal": causal}
         rotary = position == "rotary"
 
         def block() -> TransformerBlock:
             mixing = make_mixer(**given, rotary=rotary, dropout=dropout)
             _check_mixer(mixing, causal=causal, rotary=rotary)
-            feeding = make_feed_forward(width, hidden, dropout=dropout)
+            feeding = make_feed_forward(width, hidden, dropout=dropout, linear=linear)
             return TransformerBlock(make_norm(width), mixing, make_norm(width), feeding, dropout)
 
         self.embedding = nn.Embedding(vocabulary, width)
@@ -183,6 +187,8 @@ class Transformer(nn.Module):
             raise LaminaError("only a causal Transformer without classes generates text")
         if temperature < 0 or steps < 0:
             raise ValueError(f"temperature and steps must not be negative, got {temperature} and {steps}")
+        if not input_ids.shape[1]:
+            raise ShapeError(f"generation continues at least one token, got input_ids {tuple(input_ids.shape)}")
         if input_ids.shape[1] + steps > self.context:
             raise ShapeError(f"{input_ids.shape[1]} tokens and {steps} steps do not fit the context of {self.context}")
         cache = KeyValueCache() if self.caches else None
@@ -225,12 +231,23 @@ class Transformer(nn.Module):
         return self
 
 
+def check_linear(linear: Node, *parts: Callable[..., Any]) -> None:
+    """Refuse a kind of linear layer that no part of the block has a slot for.
+
+    Raises:
+        RecipeError: names the parts.
+    """
+    if linear != "linear" and not any("linear" in p.found.signature.options for p in parts):  # type: ignore[attr-defined]
+        names = " nor ".join(p.found.part.name for p in parts)  # type: ignore[attr-defined]
+        raise RecipeError(f"linear={linear!r} would change nothing: neither {names} has a slot for linear layers")
+
+
 def mean_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Average the real tokens; (B, T, C) -> (B, C)."""
+    """Average the real tokens; (B, T, C) -> (B, C). A row of padding alone gives zeros."""
     if attention_mask is None:
         return x.mean(dim=1)
     weight = attention_mask.to(x.dtype)[..., None]
-    return (x * weight).sum(dim=1) / weight.sum(dim=1)
+    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lamina.errors import RecipeError, ShapeError
-from lamina.models.transformer import TransformerBlock
+from lamina.models.transformer import TransformerBlock, check_linear
 from lamina.nn.attention import Attention
 from lamina.nn.feed_forward import FeedForward, SwiGLU
 from lamina.nn.layout import GridAsSequence, layout_of
@@ -33,10 +33,11 @@ class VisionTransformer(nn.Module):
         norm: built as norm(width).
         mixer: built as mixer(width=, heads=, context=, causal=False, grid=(rows, columns)), as far as it names them;
             a mixer of layout "grid" runs on the patches alone, and the class token passes it by.
-        feed_forward: built as feed_forward(width, hidden, dropout=).
+        feed_forward: built as feed_forward(width=, hidden=, dropout=), as far as it names them.
         hidden: channels inside the feed-forward; None = its own default (4 * width).
         pool: "class" (a class token, read at the end) or "mean" (of the patches; there is no class token).
         dropout: of embeddings and branches, in training; 0..1.
+        linear: the layers inside mixer and feed_forward, as far as they have a slot of that name.
         head: built as head(width, classes).
     Raises:
         ShapeError: sizes do not fit, or the images are of another size. RecipeError: unknown pool.
@@ -63,6 +64,7 @@ class VisionTransformer(nn.Module):
         hidden: int | None = None,
         pool: Literal["class", "mean"] = "class",
         dropout: float = 0.0,
+        linear: Annotated[Node, Slot("layer")] = "linear",
         head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
@@ -74,12 +76,14 @@ class VisionTransformer(nn.Module):
         context = prefix + grid[0] * grid[1]
         make_norm, make_mixer = factory("norm", norm), factory("mixer", mixer)
         make_feed_forward = factory("layer", feed_forward)
+        check_linear(linear, make_mixer, make_feed_forward)
+        given: dict[str, Any] = {"width": width, "heads": heads, "context": context, "causal": False, "grid": grid}
 
         def block() -> TransformerBlock:
-            mixing = make_mixer(width=width, heads=heads, context=context, causal=False, grid=grid)
+            mixing = make_mixer(**given, linear=linear)
             if layout_of(mixing) == "grid":
                 mixing = GridAsSequence(mixing, grid, prefix)
-            feeding = make_feed_forward(width, hidden, dropout=dropout)
+            feeding = make_feed_forward(width, hidden, dropout=dropout, linear=linear)
             return TransformerBlock(make_norm(width), mixing, make_norm(width), feeding, dropout)
 
         self.patch_embedding = nn.Conv2d(channels, width, patch, stride=patch)

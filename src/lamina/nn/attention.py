@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import ShapeError
-from lamina.registry import register
+from lamina.nn.torch_layers import draw
+from lamina.recipe import Node, factory
+from lamina.registry import Slot, register
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q, k, v, mask) -> out: queries (B, H, T, D), keys (B, H, S, D), mask (B or 1, 1, T or 1, S) bool, True = seen."""
@@ -80,6 +83,7 @@ class Attention(nn.Module):
         rotary_base: the slowest wave length is 2 pi times this, in tokens.
         context: the longest sequence allowed (with the cache's tokens); None = any.
         dropout: of attention weights, in training; 0..1. Not with a kernel of your own.
+        linear: the four projections, built as linear(in, out, bias=).
         kernel: maps (q, k, v, mask) to the heads' outputs, see `Kernel`; None = softmax attention, fused.
     Raises:
         ShapeError: sizes do not divide, x or the mask does not fit, the sequence is longer than context.
@@ -105,6 +109,7 @@ class Attention(nn.Module):
         context: int | None = None,
         dropout: float = 0.0,
         kernel: Kernel | None = None,
+        linear: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
         self.width, self.causal, self.rotary, self.rotary_base = width, causal, rotary, rotary_base
@@ -118,10 +123,11 @@ class Attention(nn.Module):
             raise ValueError(
                 "dropout of attention weights is the fused kernel's: with a kernel of your own set it to 0"
             )
-        self.query = nn.Linear(width, self.heads * self.head_width, bias=bias)
-        self.key = nn.Linear(width, self.kv_heads * self.head_width, bias=bias)
-        self.value = nn.Linear(width, self.kv_heads * self.head_width, bias=bias)
-        self.out = nn.Linear(self.heads * self.head_width, width, bias=bias if output_bias is None else output_bias)
+        make = factory("layer", linear)
+        self.query = make(width, self.heads * self.head_width, bias=bias)
+        self.key = make(width, self.kv_heads * self.head_width, bias=bias)
+        self.value = make(width, self.kv_heads * self.head_width, bias=bias)
+        self.out = make(self.heads * self.head_width, width, bias=bias if output_bias is None else output_bias)
 
     def forward(
         self,
@@ -152,9 +158,7 @@ class Attention(nn.Module):
     def initialise(self, std: float, out_std: float) -> None:
         """Draw the weights anew: normal with `std`, the output projection with `out_std`; biases zero."""
         for layer in (self.query, self.key, self.value, self.out):
-            nn.init.normal_(layer.weight, std=out_std if layer is self.out else std)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            draw(layer, out_std if layer is self.out else std)
 
     def extra_repr(self) -> str:
         """Show what the projections do not."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import ShapeError
+from lamina.nn.torch_layers import draw
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
 
@@ -21,6 +22,7 @@ class FeedForward(nn.Module):
     Args:
         hidden: channels between the layers; None = 4 * width.
         activation: layer between them; called without arguments.
+        linear: both layers, built as linear(in, out, bias=).
         dropout: after the activation and after the second layer, in training.
     Raises:
         ShapeError: a size is not positive.
@@ -37,14 +39,16 @@ class FeedForward(nn.Module):
         hidden: int | None = None,
         *,
         activation: Annotated[Node, Slot("layer")] = "gelu",
+        linear: Annotated[Node, Slot("layer")] = "linear",
         dropout: float = 0.0,
         bias: bool = True,
     ) -> None:
         super().__init__()
         hidden = _hidden(width, hidden, 4 * width)
-        self.up = nn.Linear(width, hidden, bias=bias)
+        make = factory("layer", linear)
+        self.up = make(width, hidden, bias=bias)
         self.activation: nn.Module = factory("layer", activation)()
-        self.down = nn.Linear(hidden, width, bias=bias)
+        self.down = make(hidden, width, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +57,8 @@ class FeedForward(nn.Module):
 
     def initialise(self, std: float, out_std: float) -> None:
         """Draw the weights anew: normal with `std`, the second layer with `out_std`; biases zero."""
-        _initialise({self.up: std, self.down: out_std})
+        draw(self.up, std)
+        draw(self.down, out_std)
 
 
 @register("layer", "swiglu", source="Shazeer 2020")
@@ -66,17 +71,26 @@ class SwiGLU(nn.Module):
         hidden: channels of gate and up; None = 8/3 width, rounded to a multiple of 8: as many parameters as the plain
             network with 4 * width.
         dropout: of the output, in training.
+        linear: the three layers, built as linear(in, out, bias=).
     Raises:
         ShapeError: a size is not positive.
     Source: N. Shazeer, GLU Variants Improve Transformer (2020), arXiv 2002.05202, equation 6.
     """
 
-    def __init__(self, width: int, hidden: int | None = None, *, dropout: float = 0.0, bias: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int | None = None,
+        *,
+        dropout: float = 0.0,
+        bias: bool = False,
+        linear: Annotated[Node, Slot("layer")] = "linear",
+    ) -> None:
         super().__init__()
         hidden = _hidden(width, hidden, max(8, round(width / 3) * 8))
-        self.gate = nn.Linear(width, hidden, bias=bias)
-        self.up = nn.Linear(width, hidden, bias=bias)
-        self.down = nn.Linear(hidden, width, bias=bias)
+        make = factory("layer", linear)
+        self.gate, self.up = make(width, hidden, bias=bias), make(width, hidden, bias=bias)
+        self.down = make(hidden, width, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +99,9 @@ class SwiGLU(nn.Module):
 
     def initialise(self, std: float, out_std: float) -> None:
         """Draw the weights anew: normal with `std`, the output layer with `out_std`; biases zero."""
-        _initialise({self.gate: std, self.up: std, self.down: out_std})
+        draw(self.gate, std)
+        draw(self.up, std)
+        draw(self.down, out_std)
 
 
 def _hidden(width: int, hidden: int | None, default: int) -> int:
@@ -93,10 +109,3 @@ def _hidden(width: int, hidden: int | None, default: int) -> int:
     if width < 1 or hidden < 1:
         raise ShapeError(f"sizes must be positive: {width=}, {hidden=}")
     return hidden
-
-
-def _initialise(stds: dict[nn.Linear, float]) -> None:
-    for layer, std in stds.items():
-        nn.init.normal_(layer.weight, std=std)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
