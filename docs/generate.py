@@ -60,7 +60,8 @@ def method_table(found: list[methods.Method]) -> str:
 
 def method_page(method: methods.Method) -> str:
     one = method.experiment
-    lines = [f"# {method.title}", "", method.page, "", "## Parts", ""]
+    lines = [f"# {method.title}", "", method.page, ""]
+    lines += ["## Parts", ""] if method.parts else []
     lines += [f"- {p.kind} `{p.name}{methods.signature(p)}`: {methods.first_line(p)}" for p in method.parts]
     sources = sorted({p.source for p in method.parts if p.source})
     lines += [

@@ -69,7 +69,7 @@ def _show_one(method: Method) -> None:
     one = method.experiment
     _print(f"{method.page}\n", head=f"{one.slug}: {method.title}\n\n")
     parts = (f"  {p.kind} {p.name}: {p.place}{signature(p)}" for p in method.parts)
-    _print("\n".join(parts) + "\n", head="Parts\n")
+    _print(("\n".join(parts) or "  -") + "\n", head="Parts\n")
     _print(", ".join(method.tests) or "-", head="Tests  ")
     _print(f"{one.source}; bar: {one.bar.text}", head="Claim  ")
     _print(evidence.status(one), head="Status ")

@@ -86,6 +86,7 @@ def run_seed(experiment: Experiment, seed: int) -> Measurement:
         f"{experiment.slug} seed {seed}: ours {_words(figures(measurement.ours))} | baseline "
         f"{_words(figures(measurement.baseline))} ({time.perf_counter() - started:.0f} s)",
         highlight=False,
+        soft_wrap=True,
     )
     return measurement
 

@@ -14,7 +14,7 @@ before the run, write down with which code and where, and notice when that no lo
 The bar is parsed at import by a small grammar, never evaluated as code. The verdict takes the 95 % bootstrap interval
 of the bar's left side over the seeds: all of it over the bar is *reproduced*, only its direction is *direction only*.
 The evidence file holds every figure, versions, hardware, the hash of the experiment's module and of every module of
-ours behind it, and a digest over itself.
+ours behind it, checksums of the named data it read, and a digest over itself.
 
 **What is measured here.** The paper's own claim is qualitative. At our scale: into evidence of a finished run twelve
 faults are planted (figures edited, a seed removed, a NaN, the code or the bar changed since, a status promoted, a
@@ -54,7 +54,7 @@ Fault = Callable[[dict[str, Any]], None]
 
 @experiment(
     "reproducibility-process",
-    source="the process as a whole (section numbers unconfirmed); card, correct means 3 and 4",
+    source="the process as a whole: its verdicts and its evidence (section numbers unconfirmed)",
     bar="detected(ours) - detected(baseline) >= 5 and false_alarms(ours) <= 0, 3 seeds",
     budget="10s",
 )
