@@ -342,3 +342,28 @@ def test_bad_input() -> None:
         model.generate(tokens(1, 2), 1, temperature=-1.0)
     embedded = model.embedding(tokens(2, 5))
     assert torch.equal(model(inputs_embeds=embedded), model(tokens(2, 5)))
+
+
+def test_a_row_of_padding_alone_harms_no_other_row():
+    torch.manual_seed(0)
+    model = Transformer(1, 16, 2, vocabulary=32, context=8, causal=False, classes=3)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1] = 0
+    outputs = model(tokens(2, 6), mask)
+    torch.testing.assert_close(outputs[0], model(tokens(2, 6)[:1])[0])
+    F.cross_entropy(outputs, torch.tensor([1, -100])).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_generation_needs_a_token_to_go_on_from():
+    model = Transformer(1, 16, 2, vocabulary=32, context=8).eval()
+    with pytest.raises(ShapeError, match=r"continues at least one token, got input_ids \(1, 0\)"):
+        model.generate(tokens(1, 0), 2)
+
+
+def test_a_feed_forward_is_given_what_it_names():
+    # By position, an activation would take the width for its slope.
+    model = Transformer(1, 16, 2, vocabulary=32, context=8, feed_forward="leaky_relu")
+    assert model.blocks[0].feed_forward.negative_slope == 0.01
+    with pytest.raises(LaminaError, match="needs the options 'input_size', 'hidden_size'"):
+        Transformer(1, 16, 2, vocabulary=32, context=8, feed_forward="layer_norm_gru")

@@ -119,7 +119,7 @@ class Transformer(nn.Module):
         def block() -> TransformerBlock:
             mixing = make_mixer(**given, rotary=rotary, dropout=dropout)
             _check_mixer(mixing, causal=causal, rotary=rotary)
-            feeding = make_feed_forward(width, hidden, dropout=dropout, linear=linear)
+            feeding = make_feed_forward(width=width, hidden=hidden, dropout=dropout, linear=linear)
             return TransformerBlock(make_norm(width), mixing, make_norm(width), feeding, dropout)
 
         self.embedding = nn.Embedding(vocabulary, width)

@@ -83,7 +83,7 @@ class VisionTransformer(nn.Module):
             mixing = make_mixer(**given, linear=linear)
             if layout_of(mixing) == "grid":
                 mixing = GridAsSequence(mixing, grid, prefix)
-            feeding = make_feed_forward(width, hidden, dropout=dropout, linear=linear)
+            feeding = make_feed_forward(width=width, hidden=hidden, dropout=dropout, linear=linear)
             return TransformerBlock(make_norm(width), mixing, make_norm(width), feeding, dropout)
 
         self.patch_embedding = nn.Conv2d(channels, width, patch, stride=patch)
