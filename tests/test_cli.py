@@ -72,7 +72,9 @@ class CutBlocks:
         return model
 
 
-class Plain: ...
+class Plain:
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": model(batch["input_ids"]).mean()}
 
 
 def rows(batch: int = 2, context: int = 8) -> Data:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import math
 import pickle
 import random
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given, settings
@@ -21,7 +23,7 @@ from tests.malformed_recipes import BASE, KEY, OPEN, WHOLE
 # Imported here, so that the parts of this package are registered before a test replaces the registry.
 from lamina import recipe, registry
 from lamina.errors import LaminaError, MissingExtra, RecipeError
-from lamina.recipe import Choice, Node, Recipe, _yaml, build, check, dump, factory, load, override
+from lamina.recipe import Choice, Node, Recipe, _yaml, build, check, dump, factory, load, override, placed
 from lamina.registry import Slot, register
 
 
@@ -78,6 +80,8 @@ def constant(fraction: float) -> float:
 
 
 def cosine(fraction: float, warmup: float = 0.1) -> float:
+    if warmup > 1:
+        raise ValueError(f"warmup must be at most 1, got {warmup}")
     return fraction * warmup
 
 
@@ -252,6 +256,62 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     except RecipeError as error:
         sentence = str(error)
     assert sentence.startswith("x:")
+
+
+def test_a_recipe_made_in_python_survives_yaml_exactly() -> None:
+    class Precision(enum.StrEnum):
+        HALF = "bf16"
+
+    made = Recipe(
+        model={"name": "net", "width": np.int64(8), "path": Path("a/b")},
+        data="rows",
+        objective=("plain", {"name": "plain", "weight": np.float32(0.5)}),
+        optimizer={"name": "adamw", "lr": np.float64(1e-3), "betas": (0.9, 1.0)},
+        train={"precision": Precision.HALF},
+    )
+    back = load(dump(made))
+    assert back == made
+    for key in recipe.KEYS:
+        assert same(getattr(back, key), getattr(made, key)), key
+    assert made.optimizer["betas"] == [0.9, 1.0]
+    assert type(made.train["precision"]) is str
+
+
+@pytest.mark.parametrize("key", [True, 1.5, None])
+def test_a_key_that_yaml_would_not_give_back_is_refused(key: Any) -> None:
+    with pytest.raises(RecipeError, match="model: the recipe holds a Python object"):
+        dump(Recipe(model={"name": "net", key: 1}, data="rows", objective="plain"))
+
+
+def test_what_is_built_from_a_recipe_names_its_line() -> None:
+    made = load(changed("model:\n  name: net\n  width: 102"))
+    with pytest.raises(RecipeError) as caught, placed(made):
+        build(made.model, "model")
+    assert str(caught.value) == "recipe:7: model.width: width must be at most 100, got 102"
+    with pytest.raises(RecipeError) as again, placed(made):
+        check(load(changed("data: nosuch")))
+    assert str(again.value).startswith("recipe:5: data: no data is called")
+
+
+def test_steps_left_open_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Needy:
+        steps: int
+        precision: str = "fp32"
+
+    monkeypatch.setitem(sys.modules, "lamina.train.options", types.SimpleNamespace(TrainOptions=Needy))
+    full = check(load(BASE + "train: {steps: !oneof [1, 2]}\n"))
+    assert full.train == {"steps": Choice("oneof", [1, 2]), "precision": "fp32"}
+
+
+def test_an_override_goes_on_from_the_default() -> None:
+    text = "model: net\ndata: rows\nobjective: plain\n"
+    assert load(text, ["optimizer.lr=0.5"]).optimizer == {"name": "adamw", "lr": 0.5}
+    assert load(text, ["rewrite[0]=fold"]).rewrite == ["fold"]
+    for before in (text, text + "parallel: auto\n"):
+        assert load(before, ["parallel.data=2"]).parallel == {"data": 2}
+    assert override(load(text), "parallel.data=2").parallel == {"data": 2}
+    assert override(load(text), "gradients.name=median").gradients == {"name": "median"}
 
 
 def test_the_spelled_out_recipe_is_complete_and_stable() -> None:

@@ -64,12 +64,13 @@ def check_command(recipe: Arguments = None, debug: Debug = False) -> None:
     """Check a recipe, print it spelled out, and estimate parameters, memory and time of a step."""
     from rich.console import Console
 
-    from lamina.recipe import check
+    from lamina.recipe import check, placed
 
     console = Console(highlight=False)
     checked = check(_read(recipe or []))
     # Estimated first: what cannot be built is refused before anything is printed.
-    lines = _estimates(checked)
+    with placed(checked):
+        lines = _estimates(checked)
     console.print(_tree(checked))
     for line in lines:
         console.print(line, markup=False)
@@ -230,13 +231,18 @@ def _grow(tree: Any, key: str, value: Any) -> None:
 def _estimates(recipe: Recipe) -> list[str]:
     """Build the data, the model on no memory, and the optimizer; say what a step costs."""
     from lamina.recipe import build, objectives, open_choice
+    from lamina.train.preflight import refuse_misfits, try_batch
 
-    if open_choice({"model": recipe.model, "data": recipe.data, "optimizer": recipe.optimizer}) is not None:
+    if any(open_choice(getattr(recipe, key)) for key in ("model", "data", "objective", "optimizer", "rewrite")):
         return ["a search space: sizes depend on the choices (`lamina search` runs it)"]
     data = build(recipe.data, "data")
     model = _weightless(recipe, data.sizes)
+    refuse_misfits(model, data.sizes, [build(n, "pass", f"rewrite[{i}]") for i, n in enumerate(recipe.rewrite)])
+    untried = None
     for i, node in enumerate(objectives(recipe)):
-        build(node, "objective", f"objective[{i}]" if isinstance(recipe.objective, list) else None, **data.sizes)
+        place = f"objective[{i}]" if isinstance(recipe.objective, list) else None
+        objective = build(node, "objective", place, model=model, **data.sizes)
+        untried = untried or try_batch(model.to("meta"), objective, data)
     states = _states_per_weight(recipe)
     weights = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -249,6 +255,7 @@ def _estimates(recipe: Recipe) -> list[str]:
         f"a step: about {6 * weights * tokens / rate:.2g} s (estimate: 6 FLOPs x {weights:,} parameters x {tokens:,} "
         f"{'tokens' if 'context' in data.sizes else 'rows'}, at the {rate / 1e9:,.0f} GFLOP/s this machine's float32 "
         "matrix product was just measured at; attention and reads of data are left out)",
+        f"a batch: not tried, this needs real numbers ({untried})" if untried else "a batch: its shapes pass through",
     ]
 
 

@@ -33,8 +33,12 @@ class MissingExtra(LaminaError, ImportError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Word the nearest known names: `"; did you mean 'adam', 'adamw'?"`, or an empty string."""
-    found = difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.5)
+    """Word the nearest known names, whatever their case: `"; did you mean 'adam', 'adamw'?"`, or an empty string."""
+    spellings: dict[str, list[str]] = {}
+    for one in sorted(known):
+        spellings.setdefault(one.lower(), []).append(one)
+    close = difflib.get_close_matches(name.lower(), spellings, n=count, cutoff=0.5)
+    found = [one for lower in close for one in spellings[lower]][:count]
     return f"; did you mean {', '.join(repr(f) for f in found)}?" if found else ""
 
 

@@ -55,7 +55,9 @@ def test_a_recipe_leaves_a_whole_folder(tmp_path, capsys) -> None:
         "recipe.yaml", "metrics.jsonl", "checkpoints", "environment.json", "model", "report.html",
     }  # fmt: skip
     assert json.loads((tmp_path / "a" / "environment.json").read_text())["packages"]["torch"] == torch.__version__
-    assert "after" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "rows/s" in printed
+    assert f"report: {tmp_path / 'a' / 'report.html'}" in printed
     # The recipe in the folder, spelled out, is the same run.
     train(load(tmp_path / "a" / "recipe.yaml"), folder=tmp_path / "b")
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")

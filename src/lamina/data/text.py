@@ -74,8 +74,10 @@ def text(
         LaminaError: the source is missing or empty, the text is shorter than a block, or not UTF-8 for `characters`.
     """
     check_split(split)
-    if context < 1 or (limit is not None and limit < 1):
-        raise LaminaError(f"text needs a context and a limit of at least 1, got {context} and {limit}")
+    if context < 1:
+        raise LaminaError(f"context must be at least 1, got {context}")
+    if limit is not None and limit < 1:
+        raise LaminaError(f"limit must be at least 1, got {limit}")
     train, evaluation = _limited(*_parts(source, pattern, split, seed), limit, split)
     vocabulary = 256
     if unit == "characters":

@@ -88,7 +88,12 @@ def _make_config(transformers: Any, options: Mapping[str, Any]) -> Any:
     for name in rest if "transformers_version" not in rest else ():
         if name not in known:
             raise RecipeError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
-    return cls(**rest)
+    try:
+        return cls(**rest)
+    except Exception as error:
+        # Configs check themselves, each with errors of its own, of three libraries.
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{cls.__name__} refuses its options: {reason}") from error
 
 
 def _options_of(transformers: Any, cls: type) -> set[str]:

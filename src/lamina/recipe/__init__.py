@@ -7,13 +7,14 @@ build, factory          a node -> the part it names, now or later with more valu
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib
 import inspect
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from lamina.recipe._building import blamed, look_up, refuse_choice, spell
 from lamina.recipe._building import build as build
 from lamina.recipe._building import factory as factory
 from lamina.recipe._building import open_choice as open_choice
-from lamina.recipe._options import Misfit, fit, is_plain, plain, show
+from lamina.recipe._options import Misfit, fit, is_plain, plain, show, variants
 from lamina.recipe._yaml import Choice as Choice
 
 VERSION = 1
@@ -60,6 +61,11 @@ class Recipe:
     report: Any = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """`file:line` of each dotted path, for errors; empty for a recipe made in Python."""
+
+    def __post_init__(self) -> None:
+        """Hold what YAML would: a list for a tuple, text for a path; so that `load(dump(recipe)) == recipe`."""
+        for key in KEYS:
+            object.__setattr__(self, key, plain(getattr(self, key)))
 
 
 KEYS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name != "places")
@@ -127,10 +133,24 @@ def check(recipe: Recipe, *, choices_allowed: bool = True) -> Recipe:
     Raises:
         RecipeError: one sentence with the place (file:line and dotted path), what was given and what was expected.
     """
-    try:
+    with placed(recipe):
         return _check(recipe, choices_allowed)
+
+
+@contextlib.contextmanager
+def placed(recipe: Recipe) -> Iterator[None]:
+    """Add the place in the recipe's file to the error of whatever is built from the recipe inside.
+
+    Raises:
+        RecipeError: the one raised inside, with `file:line`.
+    """
+    try:
+        yield
     except Misfit as error:
-        raise Misfit(error.path, error.sentence, _place(recipe.places, error.path)) from error
+        place = _place(recipe.places, error.path)
+        if error.place or not place:
+            raise
+        raise Misfit(error.path, error.sentence, place) from error
 
 
 def objectives(recipe: Recipe) -> list[Any]:
@@ -177,6 +197,7 @@ def _check(recipe: Recipe, choices: bool) -> Recipe:
         report=_check_report(recipe.report),
     )
     _check_passes(spelled.rewrite)
+    _check_schedule(spelled.optimizer)
     if spelled.gradients is not None and open_choice(spelled.gradients) is None:
         build(spelled.gradients, "reducer")
     return spelled
@@ -200,6 +221,14 @@ def _check_passes(nodes: list[Any]) -> None:
         importlib.import_module("lamina.rewrite").check_order(passes)
     except LaminaError as error:
         raise Misfit("rewrite", str(error)) from error
+
+
+def _check_schedule(optimizer: Any) -> None:
+    """Ask the schedule for three rates: it refuses its bad numbers when it is called."""
+    if open_choice(optimizer) is not None:
+        return
+    for fraction in (0.0, 0.5, 1.0):
+        build(optimizer["schedule"], "schedule", "optimizer.schedule", fraction=fraction)
 
 
 def _check_parallel(value: Any) -> Any:
@@ -233,11 +262,14 @@ def _check_train(value: Any) -> dict[str, Any]:
             raise Misfit(f"train.{key}", f"training has no option {key!r}{nearest(str(key), known)} (it takes: {', '.join(known)})")  # fmt: skip  # noqa: E501
         handed[key] = fit(given, hints[key], f"train.{key}")
     still_open = {key: given for key, given in handed.items() if open_choice(given) is not None}
-    missing = [n for n, p in inspect.signature(options).parameters.items() if p.default is p.empty and n not in handed]
+    required = [n for n, p in inspect.signature(options).parameters.items() if p.default is p.empty]
+    missing = [n for n in required if n not in handed]
     if missing:
         raise Misfit("train", f"training needs {', '.join(map(repr, missing))}")
+    # An option without a default is closed by its first candidate.
+    closed = {n: variants(handed[n])[0] for n in required if n in still_open}
     try:
-        built = options(**{key: given for key, given in handed.items() if key not in still_open})
+        built = options(**{key: given for key, given in handed.items() if key not in still_open}, **closed)
     except (LaminaError, ValueError) as error:
         named = blamed(str(error), handed, known)
         raise Misfit(f"train.{named}" if named else "train", str(error)) from error
@@ -329,12 +361,22 @@ def _override(values: dict[str, Any], text: str, places: dict[str, str]) -> None
             holder[step] = value
             break
         below = holder[step] if isinstance(holder, list) else holder.get(step)
-        if below is None and isinstance(steps[i + 1], int):
-            below = []
-        below = {} if below is None else {"name": below} if isinstance(below, str) else below
+        if below is None:
+            below = _default(str(step)) if i == 0 else [] if isinstance(steps[i + 1], int) else {}
+        if isinstance(below, str):
+            # Of the top-level keys only `parallel` is no node: `auto` is not its name.
+            below = {} if steps[0] == "parallel" else {"name": below}
         holder[step] = below
         holder = below
     _remember_override(places, "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps)[1:], text)
+
+
+def _default(key: str) -> Any:
+    """Return what a top-level key that is not set stands for."""
+    found = next(f for f in dataclasses.fields(Recipe) if f.name == key)
+    if found.default_factory is not dataclasses.MISSING:
+        return found.default_factory()
+    return {} if found.default is dataclasses.MISSING or found.default is None else found.default
 
 
 def _check_index(holder: list[Any], step: int | str, text: str) -> int:

@@ -154,7 +154,7 @@ def spell(node: Any, kind: str, path: str, *, framed: bool = False, choices: boo
     """Return a node with everything it stands for spelled out; see `look_up`."""
     if isinstance(node, Choice) and choices:
         if node.kind != "oneof":
-            raise Misfit(path, f"expected a {kind} or !oneof [...] of several, got !{node.kind}")
+            raise Misfit(path, f"expected {_a(kind)} or !oneof [...] of several, got !{node.kind}")
         return Choice(
             "oneof",
             [spell(c, kind, f"{path}[{i}]", framed=framed, choices=choices) for i, c in enumerate(node.arguments)],
@@ -195,12 +195,16 @@ def _split(node: Any, kind: str, path: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = dict(node) if isinstance(node, Mapping) else {"name": node}
     if "name" not in options:
         known = next((h for k in options if (h := nearest(str(k), ["name"]))), "")
-        raise Misfit(path, f"expected the name of a {kind} in the key 'name', got the keys {', '.join(map(repr, options)) or 'none'}{known}")  # fmt: skip  # noqa: E501
+        raise Misfit(path, f"expected the name of {_a(kind)} in the key 'name', got the keys {', '.join(map(repr, options)) or 'none'}{known}")  # fmt: skip  # noqa: E501
     name = options.pop("name")
     if not isinstance(name, str):
-        what = "the key 'name' to be" if isinstance(node, Mapping) else f"{{name: a {kind}, option: value}} or"
-        raise Misfit(path, f"expected {what} the name of a {kind}, got {show(name)}")
+        what = "the key 'name' to be" if isinstance(node, Mapping) else f"{{name: {_a(kind)}, option: value}} or"
+        raise Misfit(path, f"expected {what} the name of {_a(kind)}, got {show(name)}")
     return name, options
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _refuse_unknown(
@@ -267,6 +271,8 @@ def _frame_value(key: str, value: Any, path: str, choices: bool) -> Any:
         raise Misfit(path, f"expected a weight of at least 0, got {show(value)}")
     if key == "seed" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise Misfit(path, f"expected a seed, a whole number of at least 0, got {show(value)}")
+    if key == "seed":
+        return fit(value, int, path)
     if key == "exclude":
         return fit(value, Literal["norms_and_biases", "nothing"], path)
     return _spelled_schedule(value, path, choices) if key == "schedule" else value

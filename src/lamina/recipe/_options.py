@@ -6,6 +6,7 @@ import collections.abc
 import functools
 import inspect
 import json
+import numbers
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -22,12 +23,15 @@ from lamina.registry import Slot
 REQUIRED: Any = inspect.Parameter.empty
 """The default of an option that has none."""
 
+LARGEST = 2**63
+"""Whole numbers from here on fit no tensor and no generator's seed."""
+
 
 class Misfit(RecipeError):
     """A mistake at one place of a recipe; `path` is dotted (`rewrite[1].count`), empty = the whole recipe."""
 
     def __init__(self, path: str, sentence: str, place: str = "") -> None:
-        self.path, self.sentence = path, sentence
+        self.path, self.sentence, self.place = path, sentence, place
         super().__init__(": ".join(part for part in (place, path, sentence) if part))
 
 
@@ -92,12 +96,14 @@ def fit(value: Any, hint: Any, path: str) -> Any:
     Raises:
         Misfit: says what was given and what was expected.
     """
-    if variants := _variants(value):
-        for variant in variants:
+    if closed := variants(value):
+        for variant in closed:
             fit(variant, hint, path)
         return value
     if isinstance(value, float) and value != value:
         raise Misfit(path, f"expected {describe(hint)}, got .nan")
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise Misfit(path, f"expected {describe(hint)} below 2^63, got {show(value)}")
     adapter = _adapter(hint)
     if adapter is None:
         return value
@@ -110,7 +116,7 @@ def fit(value: Any, hint: Any, path: str) -> Any:
         raise Misfit(path, _sentence(value, hint, error)) from error
 
 
-def _variants(value: Any) -> list[Any]:
+def variants(value: Any) -> list[Any]:
     """Close the choices in a value: as many variants as the longest has candidates; none where nothing is open."""
     sizes = list(_choice_sizes(value))
     return [_pick(value, i) for i in range(max(sizes))] if sizes else []
@@ -135,18 +141,26 @@ def _pick(value: Any, index: int) -> Any:
 def is_plain(value: Any) -> bool:
     """Tell whether a value is made of YAML's own types only."""
     if isinstance(value, Mapping):
-        return all(isinstance(k, (str, int)) and is_plain(v) for k, v in value.items())
+        return all(isinstance(k, (str, int)) and not isinstance(k, bool) and is_plain(v) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return all(is_plain(v) for v in value)
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def plain(value: Any) -> Any:
-    """Turn tuples into lists and paths into text, all the way down, as YAML has neither."""
+    """Turn tuples into lists, paths into text and NumPy's numbers into Python's, all the way down, as YAML does."""
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     return str(value) if isinstance(value, Path) else value
 
 

@@ -127,6 +127,15 @@ class Drop:
         name = pass_name(earlier)
         return f"{name} counts the blocks it saw; drop first" if name in _COUNTS_BLOCKS else None
 
+    def fits(self, model: nn.Module) -> None:
+        """Raise what `decide` would where the model has too little to drop; looks at no data."""
+        model = bare(model)
+        trunk = find_trunk(model, self.trunk)
+        if trunk.repeats > 1:
+            self._iterations(trunk)
+        else:
+            self._number(trunk, self._candidates(model, trunk))
+
     def _candidates(self, model: nn.Module, trunk: Trunk) -> list[Candidate]:
         """List what could go, in the order that breaks ties."""
         needed = _needed(model, trunk)

@@ -31,7 +31,8 @@ class Pass(Protocol[D]):
     """What a rewrite pass is; the options are its constructor's arguments.
 
     Optional: `upgrade(decision, version)` (classmethod) turns a stored decision of an older version into today's;
-    `conflicts(earlier)` returns a sentence why this pass cannot follow the given one, or None.
+    `conflicts(earlier)` returns a sentence why this pass cannot follow the given one, or None; `fits(model)` raises
+    where no data could make this pass work on the model, so that training learns of it before it begins.
     """
 
     version: ClassVar[int]

@@ -44,12 +44,13 @@ TEMPLATE = """<!doctype html>
 """
 
 
-def write(folder: str | Path, stages: Sequence[Stage] = (), *, title: str | None = None) -> Path:
+def write(folder: str | Path, stages: Sequence[Stage] = (), *, title: str | None = None, unit: str = "tokens") -> Path:
     """Write `report.html` from what a run left in its folder; return its path. The file needs no other.
 
     Args:
         stages: of the run, for the table (loss, parameters, rate and memory before and after each pass).
         title: default: the folder's name.
+        unit: what rates count, tokens or rows.
     """
     from jinja2 import Environment
 
@@ -59,7 +60,7 @@ def write(folder: str | Path, stages: Sequence[Stage] = (), *, title: str | None
     page = environment.from_string(TEMPLATE).render(
         title=title or folder.name,
         summary=_summary(rows),
-        header=HEADER,
+        header=header(unit),
         stages=[stage_cells(s) for s in stages],
         curves=curves(rows),
         rewrites=[_rewrite(r, d) for r, d in _with_decisions(rows, folder)],
@@ -71,8 +72,9 @@ def write(folder: str | Path, stages: Sequence[Stage] = (), *, title: str | None
     return path
 
 
-HEADER = ("after", "loss", "loss, end", "parameters", "per s", "memory", "steps")
-"""Columns of the table that a run ends with."""
+def header(unit: str) -> tuple[str, ...]:
+    """Name the columns of the table that a run ends with; rates count `unit`."""
+    return "after", "loss", "loss, end", "parameters", f"{unit}/s", "memory", "steps"
 
 
 def stage_cells(stage: Stage) -> list[str]:

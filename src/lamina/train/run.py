@@ -20,7 +20,7 @@ from lamina.objectives import WeightedSum
 from lamina.objectives.objective import Objective
 from lamina.optim import parameter_groups
 from lamina.parallel.data_parallel import Placement
-from lamina.recipe import Recipe, build, check, dump, factory, frame, load, objectives
+from lamina.recipe import Recipe, build, check, dump, factory, frame, load, objectives, placed
 from lamina.recipe._options import signature_of
 from lamina.registry import find
 from lamina.train import distributed, report, state
@@ -29,6 +29,7 @@ from lamina.train.folder import MAY_DIFFER
 from lamina.train.options import TrainOptions
 from lamina.train.outcome import Run
 from lamina.train.phases import Scheduled
+from lamina.train.preflight import refuse_misfits
 from lamina.train.trainer import Trainer
 
 RECIPE, MODEL = "recipe.yaml", "model"
@@ -54,7 +55,8 @@ def train(recipe: Recipe, *, folder: str | Path | None = None, resume: bool = Fa
     with distributed.lost_peers_told(world):
         path = Path(folder) if folder is not None else _default_folder(recipe, world, resume)
         _keep_recipe(recipe, path, world, resume)
-        done = trainer(recipe, world, path).fit(resume)
+        with placed(recipe):
+            done = trainer(recipe, world, path).fit(resume)
         state.together(world, path, "the trained model", lambda: _leave(done, recipe, path) if world.first else None)
     if not joined:
         distributed.finish()
@@ -66,8 +68,7 @@ run = train
 
 def _leave(done: Run, recipe: Recipe, path: Path) -> None:
     io.save(done.model, path / MODEL, base=_base(done.model, recipe, done))
-    report.write(path, done.stages, title=recipe.report.get("title"))
-    _show(done)
+    _show(done, report.write(path, done.stages, title=recipe.report.get("title"), unit=done.unit))
 
 
 def trainer(recipe: Recipe, world: World, folder: Path | None) -> Trainer:
@@ -76,6 +77,7 @@ def trainer(recipe: Recipe, world: World, folder: Path | None) -> Trainer:
     data: Data = build(recipe.data, "data")
     torch.manual_seed(options.seed)
     model: nn.Module = build(recipe.model, "model", **data.sizes)
+    refuse_misfits(model, data.sizes, [build(node, "pass", f"rewrite[{i}]") for i, node in enumerate(recipe.rewrite)])
     reducer = None
     if recipe.gradients is not None:
         reducer = build(recipe.gradients, "reducer", world=world.size, workers=world.size)
@@ -98,7 +100,11 @@ def trainer(recipe: Recipe, world: World, folder: Path | None) -> Trainer:
 
 def _objective(recipe: Recipe, model: nn.Module, sizes: Mapping[str, Any]) -> Objective:
     nodes = objectives(recipe)
-    parts = [build(node, "objective", f"objective[{i}]", model=model, **sizes) for i, node in enumerate(nodes)]
+    many = isinstance(recipe.objective, (list, tuple))
+    parts = [
+        build(node, "objective", f"objective[{i}]" if many else None, model=model, **sizes)
+        for i, node in enumerate(nodes)
+    ]
     weights = [float(frame(node, "objective")["weight"]) for node in nodes]
     if len(parts) == 1 and weights == [1.0]:
         only: Objective = parts[0]
@@ -194,9 +200,11 @@ def _base(model: nn.Module, recipe: Recipe, done: Run) -> dict[str, Any] | None:
     return None
 
 
-def _show(done: Run) -> None:
-    """Print the models that the rewrites made, side by side."""
-    table = Table(*report.HEADER, title=str(done.folder))
+def _show(done: Run, path: Path) -> None:
+    """Print the models that the rewrites made, side by side, and where the report is."""
+    table = Table(*report.header(done.unit), title=str(done.folder))
     for stage in done.stages:
         table.add_row(*report.stage_cells(stage))
     Console().print(table)
+    # Not through the console, which would break a long path.
+    print(f"report: {path}")
