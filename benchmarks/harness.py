@@ -33,6 +33,8 @@ class Row:
     """Medians, ours and peer, on this machine: for orientation only."""
     added_seconds: float | None = None
     """Median of ours - peer, pair by pair, where the goal is about that."""
+    megabytes: tuple[float, float] | None = None
+    """Medians, ours and peer, where the ratio is of memory."""
 
 
 def pair(
