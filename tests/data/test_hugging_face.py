@@ -51,6 +51,34 @@ def test_text_numbers_and_arrays_become_tensors() -> None:
     next(data.Loader(found.train, 3))
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_format_of_the_rows_changes_nothing(form: str) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["ab", "c"], "x": [[1.0, 2.0], [3.0, 4.0]]})
+    columns = {"text": "input_ids", "x": "inputs"}
+    plain, formatted = (data.from_datasets(r, columns, 2, context=3) for r in (rows, rows.with_format(form)))
+    one, two = (d.train.batch(torch.tensor([1, 0])) for d in (plain, formatted))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert one["inputs"].dtype == torch.float32
+
+
+def test_what_is_no_data_set_is_named() -> None:
+    rows = datasets.Dataset.from_dict({"text": ["ab", None], "x": [1.0, None]})
+    for column in ("text", "x"):
+        found = data.from_datasets(rows, {column: "inputs"}, 2)
+        with pytest.raises(LaminaError, match=f"the column '{column}' misses values"):
+            found.train.batch(torch.arange(2))
+    columns = {"text": "input_ids"}
+    with pytest.raises(LaminaError, match=r"a DatasetDict with splits \['train'\]: give one of them"):
+        data.from_datasets(datasets.DatasetDict(train=rows), columns, 2)
+    with pytest.raises(LaminaError, match="a IterableDataset with no rows to pick from"):
+        data.from_datasets(rows.to_iterable_dataset(), columns, 2)
+    with pytest.raises(LaminaError, match="a list with no rows to pick from"):
+        data.from_datasets([{"text": "a"}], columns, 2)
+    with pytest.raises(LaminaError, match=r"name the columns to use, of \['text', 'x'\]"):
+        data.from_datasets(rows, {}, 2)
+
+
 def test_images_and_class_names() -> None:
     image = pytest.importorskip("PIL.Image")
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)

@@ -200,3 +200,27 @@ def test_pixels_and_labels_must_fit(tmp_path: Path) -> None:
         data.Images(PIXELS.astype(np.int64), LABELS)
     with pytest.raises(LaminaError, match="std must be above 0"):
         data.Images(PIXELS, LABELS, std=0.0)
+
+
+def test_big_endian_floats_of_an_idx_file_are_read(tmp_path: Path) -> None:
+    (tmp_path / "p.idx3").write_bytes(_idx(PIXELS.astype(">f4"), 0x0D))
+    (tmp_path / "l.idx1").write_bytes(_idx(LABELS))
+    found = data.images(tmp_path / "p.idx3", 4, labels=tmp_path / "l.idx1", mean=0.0, std=1.0, split=0)
+    batch = found.train.batch(torch.tensor([3]))
+    assert torch.equal(batch["pixel_values"][0, 0], torch.from_numpy(PIXELS[3].astype(np.float32)))
+
+
+def test_grey_images_of_sixteen_bits_keep_their_range(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    for name, values in (("a", [[0, 256], [32768, 65535]]), ("b", [[65535, 0], [0, 0]])):
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(np.array(values, dtype=np.uint16)).save(folder / name / "x.png")
+    for channels in (1, 3):
+        found = data.images(folder, 2, channels=channels, mean=0.0, std=1.0, split=0)
+        pixels = found.train.batch(torch.tensor([0]))["pixel_values"] * 255
+        assert pixels.round().flatten(1)[0, :4].tolist() == [0, 1, 128, 255]
+    Image.fromarray(np.zeros((2, 2), dtype=np.int32)).save(folder / "a" / "y.tif")
+    with pytest.raises(LaminaError, match=r"y\.tif' has pixels of 32 bits without a known range"):
+        data.images(folder, 2, split=0)
+    with pytest.raises(LaminaError, match="size must be at least 1, got 0"):
+        data.images(folder, 2, size=0)

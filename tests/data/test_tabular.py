@@ -138,3 +138,20 @@ def test_load_words_a_wrong_name_or_option() -> None:
         data.load("text", contxt=3)
     with pytest.raises(LaminaError, match=r"returned a Fraction"):
         data.load("fractions:Fraction")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [([0, 10], r"rows 0\.\.10, but there are 0\.\.9"), ([-1, 2], r"rows -1\.\.2"),
+     ([1, 1, 2], "3 rows, of which only 2"), ([0.5], "a list of row numbers, got float64")],
+)  # fmt: skip
+def test_held_out_rows_that_are_none_are_refused(rows: list[float], words: str) -> None:
+    with pytest.raises(LaminaError, match=words):
+        data.from_arrays(np.ones((10, 2)), np.arange(10) % 2, 2, evaluation=rows)  # type: ignore[arg-type]
+
+
+def test_a_delimiter_is_one_character(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a;y\n1;2\n", encoding="utf-8")
+    for delimiter in (";;", "", "\n"):
+        with pytest.raises(LaminaError, match="delimiter must be one character"):
+            data.tabular(tmp_path / "t.csv", delimiter=delimiter)

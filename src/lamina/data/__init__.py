@@ -4,6 +4,8 @@ from lamina.data._at_hand import noting_files as noting_files
 from lamina.data.examples import Columns as Columns
 from lamina.data.examples import Data as Data
 from lamina.data.examples import Examples as Examples
+from lamina.data.graphs import Graph as Graph
+from lamina.data.graphs import cora as cora
 from lamina.data.hugging_face import from_datasets as from_datasets
 from lamina.data.hugging_face import hugging_face as hugging_face
 from lamina.data.images import Images as Images

@@ -13,6 +13,8 @@ from lamina.errors import LaminaError, nearest
 
 def read_rows(path: Path, delimiter: str = ",") -> list[list[str]]:
     """Read the lines of a table that are not empty; a .tsv file is split at tabs and knows no quotes."""
+    if len(delimiter) != 1 or delimiter in '\r\n"':
+        raise LaminaError(f"delimiter must be one character between columns, such as ',' or ';', got {delimiter!r}")
     try:
         file = io.StringIO(read(path).decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:

@@ -64,7 +64,7 @@ def from_datasets(
     Args:
         dataset: the training rows.
         columns: column -> entry of the batch; text becomes `input_ids` and `attention_mask`, images
-            (B, C, H, W) floats from 0 to 1, anything else a tensor.
+            (B, C, H, W) floats from 0 to 1, anything else a tensor (doubles: float32).
         evaluation: the held-out rows.
     Raises:
         LaminaError: a column is missing.
@@ -84,11 +84,17 @@ class ArrowRows:
     def __init__(
         self, dataset: Any, columns: Mapping[str, str], tokenizer: Tokenizer | None = None, context: int = 128
     ) -> None:
+        known = getattr(dataset, "column_names", None)
+        if not isinstance(known, list) or not hasattr(dataset, "__len__"):
+            what = f"splits {list(known)}: give one of them" if isinstance(known, dict) else "no rows to pick from"
+            raise LaminaError(f"expected a datasets.Dataset, got a {type(dataset).__name__} with {what}")
+        if not columns:
+            raise LaminaError(f"name the columns to use, of {known}")
         for column in columns:
-            if column not in dataset.column_names:
-                known = dataset.column_names
+            if column not in known:
                 raise LaminaError(f"the data set has no column {column!r}, only {known}{nearest(column, known)}")
-        self.dataset = dataset.select_columns(list(columns))
+        # Without a format of its own: torch and NumPy rows would hide which column is text.
+        self.dataset = dataset.select_columns(list(columns)).with_format(None)
         self.columns = dict(columns)
         self.tokenizer = tokenizer
         self.context = context
@@ -105,13 +111,17 @@ class ArrowRows:
         return result
 
     def _tensors(self, column: str, entry: str, values: Sequence[Any]) -> dict[str, Tensor]:
+        if any(value is None for value in values):
+            raise LaminaError(f"the column {column!r} misses values: fill them in, or leave the rows out")
         if values and isinstance(values[0], str):
             found = encode(values, self.context, self.tokenizer)
             return {entry: found.pop("input_ids"), **found}
         if values and hasattr(values[0], "convert"):
             return {entry: _pixels(values, column)}
         try:
-            return {entry: torch.as_tensor(np.asarray(values))}
+            array = np.asarray(values)
+            # Python's floats are doubles; models are not.
+            return {entry: torch.as_tensor(array.astype(np.float32) if array.dtype == np.float64 else array)}
         except (TypeError, ValueError) as error:
             raise LaminaError(f"the column {column!r} cannot be a tensor: {error}") from error
 

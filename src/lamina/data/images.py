@@ -120,7 +120,8 @@ class Images:
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """Return `pixel_values` (B, C, H, W) float32 and `labels` (B,)."""
         rows = self.rows[indices]
-        values = torch.from_numpy(np.array(self.pixels[rows.numpy()], order="C"))
+        # A copy in the machine's byte order: idx files hold big-endian numbers.
+        values = torch.from_numpy(self.pixels[rows.numpy()].astype(self.pixels.dtype.newbyteorder("="), order="C"))
         if values.dim() == 3:
             values = values.unsqueeze(1)
         elif self.channels_last:
@@ -148,12 +149,14 @@ def decode(files: Iterable[tuple[str, bytes]], channels: int = 3, size: int | No
     Raises:
         LaminaError: a file is no image, or its size differs from the first's and `size` is None.
     """
+    if size is not None and size < 1:
+        raise LaminaError(f"size must be at least 1, got {size}")
     pillow = require("PIL.Image", "images")
     fit = require("PIL.ImageOps", "images").fit
     first: tuple[str, tuple[int, ...]] | None = None
     for name, content in files:
         try:
-            picture = pillow.open(io.BytesIO(content)).convert("L" if channels == 1 else "RGB")
+            picture = _eight_bits(pillow.open(io.BytesIO(content)), name).convert("L" if channels == 1 else "RGB")
         except (OSError, SyntaxError) as error:
             raise LaminaError(f"{name!r} cannot be read as an image: {error}") from error
         array = np.asarray(picture if size is None else fit(picture, (size, size)))
@@ -161,6 +164,16 @@ def decode(files: Iterable[tuple[str, bytes]], channels: int = 3, size: int | No
         if array.shape != first[1]:
             raise LaminaError(f"{name!r} is {array.shape} but {first[0]!r} is {first[1]}: give one size, as size=64")
         yield array
+
+
+def _eight_bits(picture: Any, name: str) -> Any:
+    """Bring grey images of 16 bits to 8: Pillow's own conversion would cut everything above 255 off."""
+    if picture.mode in ("I", "F"):
+        raise LaminaError(f"{name!r} has pixels of 32 bits without a known range: store it with 8 or 16 bits")
+    if not picture.mode.startswith("I;16"):
+        return picture
+    values = np.asarray(picture).astype(np.uint16)
+    return require("PIL.Image", "images").fromarray((values >> 8).astype(np.uint8))
 
 
 def decoded(files: Sequence[tuple[str, bytes]], channels: int = 3, size: int | None = None) -> Array:

@@ -176,7 +176,14 @@ def _classes(labels: Array, name: str) -> tuple[int, Tensor]:
 
 
 def _given(length: int, evaluation: Sequence[int] | Array) -> tuple[Tensor, Tensor]:
-    held = torch.as_tensor(np.asarray(evaluation), dtype=torch.long)
+    rows = np.asarray(evaluation)
+    if rows.ndim != 1 or not (rows.size == 0 or rows.dtype.kind in "iu"):
+        raise ShapeError(f"evaluation is a list of row numbers, got {rows.dtype} {rows.shape}")
+    held = torch.from_numpy(np.unique(rows).astype(np.int64))
+    if len(held) and not 0 <= int(held[0]) <= int(held[-1]) < length:
+        raise LaminaError(f"evaluation names rows {int(held[0])}..{int(held[-1])}, but there are 0..{length - 1}")
+    if len(held) != rows.size:
+        raise LaminaError(f"evaluation names {rows.size} rows, of which only {len(held)} are different")
     keep = torch.ones(length, dtype=torch.bool)
     keep[held] = False
     return keep.nonzero()[:, 0], held
