@@ -35,5 +35,7 @@ class Example:
     """Another registered name of which this is only a size: then built and run on the meta device, and that is all."""
     no_compile: str = ""
     """Why torch.compile(fullgraph=True) cannot take it; empty = it must."""
+    only_ours: str = ""
+    """Why a pass has no place in a foreign model (it undoes what another pass of ours did); empty = it must have."""
     no_autocast: str = ""
     """Why it cannot run under bf16 autocast; empty = it must."""

@@ -57,6 +57,8 @@ def test_a_pass_works_on_its_own_model_and_changes_it(example):
 
 @pytest.mark.parametrize("example", PASSES, ids=label)
 def test_a_pass_works_on_a_foreign_model(example):
+    if example.only_ours:
+        pytest.skip(example.only_ours)
     assert any(rewritten(example, where) is not None for where in FOREIGN)
 
 

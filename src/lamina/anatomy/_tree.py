@@ -18,8 +18,9 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return sizes[0], sizes[1]
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+    # Read only there: a layer may form its weight when it is read, which cannot be done while a block is traced.
+    weight = getattr(module, "weight", None) if type(module).__name__ == "Conv1D" else None
+    if isinstance(weight, Tensor) and weight.dim() == 2:
         return int(weight.shape[0]), int(weight.shape[1])
     return None
 

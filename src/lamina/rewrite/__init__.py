@@ -4,6 +4,7 @@ rewriting   the Pass protocol, rewrite(), history, replay
 replace     one kind of layer for another, weights carried where a map exists
 conv_bn     convolution and batch norm as one, for fine-tuning with frozen statistics
 fold        norms into the layers around them, for deployment
+hypercomplex  linear layers and convolutions with 1/n of the weights, and back
 drop        remove attention, feed-forward or whole blocks by similarity
 """
 
@@ -20,6 +21,11 @@ from lamina.rewrite.drop import DropSublayers as DropSublayers
 from lamina.rewrite.drop import import_official as import_official
 from lamina.rewrite.fold import Fold as Fold
 from lamina.rewrite.fold import FoldDecision as FoldDecision
+from lamina.rewrite.hypercomplex import FoldHypercomplex as FoldHypercomplex
+from lamina.rewrite.hypercomplex import FoldHypercomplexDecision as FoldHypercomplexDecision
+from lamina.rewrite.hypercomplex import Hypercomplex as Hypercomplex
+from lamina.rewrite.hypercomplex import HypercomplexDecision as HypercomplexDecision
+from lamina.rewrite.hypercomplex import HypercomplexLayer as HypercomplexLayer
 from lamina.rewrite.replace import Replace as Replace
 from lamina.rewrite.replace import ReplaceDecision as ReplaceDecision
 from lamina.rewrite.rewriting import Pass as Pass

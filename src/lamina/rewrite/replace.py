@@ -21,6 +21,7 @@ from lamina.batches import Batch
 from lamina.errors import AnatomyError, LaminaError, RecipeError, nearest
 from lamina.lineage import Lineage
 from lamina.registry import register
+from lamina.rewrite import _replace_hypercomplex as _replace_hypercomplex
 from lamina.rewrite import _replace_recurrent as _replace_recurrent
 from lamina.rewrite._replace_norm import norm_to_norm
 from lamina.rewrite.conversion import HEAD, ROLES, Conversion, find_conversion, role_of, targets
