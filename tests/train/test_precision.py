@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lamina.train.precision import TrainingError, autocast
+from lamina.train import precision as precisions
+from lamina.train.precision import TrainingError, autocast, slowdown, tell_if_slow
 
 CPU = torch.device("cpu")
 
@@ -28,3 +29,21 @@ def test_another_error_of_the_model_stays_itself():
     with pytest.raises(RuntimeError, match="shapes") as caught, autocast("bf16", CPU):
         raise RuntimeError("shapes do not match")
     assert not isinstance(caught.value, TrainingError)
+
+
+@pytest.mark.parametrize(
+    ("precision", "ratio", "told"), [("bf16", 12.3, True), ("bf16", 1.5, False), ("fp32", 9, False)]
+)
+def test_a_slow_precision_is_told(precision, ratio, told, monkeypatch, caplog):
+    monkeypatch.setattr(precisions, "slowdown", lambda dtype: ratio)
+    tell_if_slow(precision, CPU)
+    assert [r.getMessage() for r in caplog.records] == (
+        ["bf16 is 12 times slower than fp32 on this processor, which has no instructions for it: set precision to fp32"]
+        if told
+        else []
+    )
+
+
+def test_the_slowdown_is_a_ratio_of_times():
+    assert slowdown(torch.float32, size=64) == 1
+    assert 0 < slowdown(torch.bfloat16, size=64) < 1e4

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from lamina.errors import LaminaError
 from lamina.train.options import Precision
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,8 +47,40 @@ def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
         ) from error
 
 
+def tell_if_slow(precision: Precision, device: torch.device) -> None:
+    """Log, once, that a processor without instructions for a precision computes it slower than float32."""
+    if precision == "fp32" or device.type != "cpu":
+        return
+    ratio = slowdown(DTYPES[precision])
+    if ratio > 2:
+        _log.warning(
+            "%s is %.0f times slower than fp32 on this processor, which has no instructions for it: set precision to "
+            "fp32",
+            precision,
+            ratio,
+        )
+
+
+@functools.cache
+def slowdown(dtype: torch.dtype, size: int = 256, repeats: int = 3) -> float:
+    """Measure a linear layer's product on the CPU: time in `dtype` over time in float32, the best of a few of each."""
+    times = {}
+    for kind in (torch.float32, dtype):
+        a = torch.ones(size, size, dtype=kind)
+        times[kind] = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            a @ a.T
+            times[kind] = min(times[kind], time.perf_counter() - start)
+    return times[dtype] / times[torch.float32]
+
+
 def loss_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
-    """Return the scaler that keeps fp16 gradients from underflowing; it does nothing in other precisions."""
+    """Return the scaler that keeps fp16 gradients from underflowing; it does nothing in other precisions.
+
+    Called once where training begins, so a precision that is slow here is told here.
+    """
+    tell_if_slow(precision, device)
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
