@@ -84,7 +84,7 @@ class Clock:
 
 def task(*overrides: str, windows: int) -> Task:
     """Build the recipe's parts, and batches enough for the windows (the last stamp opens a step of its own)."""
-    recipe = load(RECIPE, [*overrides, "rewrite=[]", "objective=next_token"])
+    recipe = load(RECIPE, [*overrides, "rewrite=[]", "objective=next_token", "train.checkpoint_every=0"])
     made = from_recipe(check(recipe), World(), None)
     steps, batch, seed = SKIP + windows * WINDOW + 1, made.data.batch, made.options.seed
     rows = made.data.train.batch(torch.arange(steps * batch))
