@@ -10,4 +10,4 @@ def test_the_trainers_benchmark_still_trains_the_default_recipe(name, tmp_path, 
     monkeypatch.chdir(tmp_path)
     seconds, _ = fit(name, task(*SMALL, windows=1))
     assert len(seconds) == 1
-    assert 0 < seconds[0]
+    assert seconds[0] > 0
