@@ -174,11 +174,11 @@ def compress(digits: Rows, seed: int) -> dict[str, float]:
 
 
 def train_classifier(model: nn.Module, digits: Rows, seed: int) -> float:
-    """Train with Adam 1e-3, 600 steps of 64 rows; return the test accuracy."""
+    """Train with Adam 1e-3, 300 steps of 64 rows; return the test accuracy."""
     x, y, test_x, test_y = digits
     model = model.to(x.device)
     optimizer, generator = torch.optim.Adam(model.parameters(), lr=1e-3), torch.Generator().manual_seed(seed)
-    for _ in range(60 if smoke() else 600):
+    for _ in range(30 if smoke() else 300):
         index = torch.randint(len(x), (64,), generator=generator).to(x.device)
         optimizer.zero_grad()
         F.cross_entropy(model(x[index]), y[index]).backward()

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from lamina.errors import LaminaError, ShapeError, nearest
-from lamina.nn.hypernetwork_conditions import Condition, JointCondition
+from lamina.nn.hypernetwork_conditions import (
+    Condition,
+    JointCondition,
+    NoiseCondition,
+    TaskCondition,
+    VectorCondition,
+)
 from lamina.recipe import factory
 
 Init = Literal["hyperfan_in", "hyperfan_out", "residual", "zero"]
@@ -43,9 +49,21 @@ def members(condition: Condition) -> list[nn.Module]:
     return list(condition.conditions) if isinstance(condition, JointCondition) else [condition]
 
 
-def values_of(condition: Condition, value: Any) -> list[Any]:
-    """List the values of the single conditions."""
-    return list(value) if isinstance(condition, JointCondition) else [value]
+def stacked(condition: Condition, value: Any, rows: int) -> list[Tensor]:
+    """Return the values of the single conditions, each with `rows` in its first dimension."""
+    found = []
+    for member, given in zip(
+        members(condition), value if isinstance(condition, JointCondition) else [value], strict=True
+    ):
+        tensor = torch.as_tensor(given)
+        if isinstance(member, TaskCondition):
+            tensor = tensor.reshape(-1)
+        elif isinstance(member, VectorCondition):
+            tensor = tensor.reshape(-1, member.dim)
+        elif isinstance(member, NoiseCondition):
+            tensor = tensor.reshape(-1, member.width)
+        found.append(tensor if len(tensor) == rows else tensor.expand(rows, *tensor.shape[1:]))
+    return found
 
 
 def as_batch(conditions: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamina.errors import LaminaError
 from lamina.nn._hypernetwork_target import find, with_running_statistics
 
 
@@ -99,9 +100,29 @@ class TaskStatistics(nn.Module):
                 module._buffers[name] = found[f"{path}.{name}".lstrip(".")]
 
 
-def use_batch_statistics(target: nn.Module) -> None:
-    """Take the running statistics away from the target's batch norms, in place: they use the batch's, always."""
-    for _, module in list(with_running_statistics(target)):
+def keep_statistics(target: nn.Module, policy: str, count: int | None) -> TaskStatistics | None:
+    """Prepare the target's norms with running statistics, in place, and return a set a task where that is the policy.
+
+    Args:
+        policy: "refuse", "batch" (take the statistics away: the batch's own, always) or "per_condition".
+        count: of tasks; None = conditions are no tasks.
+    Raises:
+        LaminaError: such norms and no policy, or a policy that needs tasks.
+    """
+    kept = list(with_running_statistics(target))
+    if not kept:
+        return None
+    if policy == "refuse":
+        raise LaminaError(
+            f"{kept[0][0] or type(target).__name__} keeps running statistics, which differ from condition to "
+            "condition: pass batch_norm='per_condition' or 'batch', or put a GroupNorm there"
+        )
+    if policy == "per_condition":
+        if count is None:
+            raise LaminaError("batch_norm='per_condition' needs a TaskCondition: statistics are kept a task")
+        return TaskStatistics(target, count)
+    for _, module in kept:
         module.track_running_stats = False  # type: ignore[assignment]
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             module._buffers[name] = None
+    return None

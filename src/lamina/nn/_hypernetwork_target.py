@@ -22,6 +22,9 @@ Base = Literal["none", "frozen", "trainable"]
 MARK = "_generated_by_hypernetwork"
 """Attribute of a target's module: the names of its parameters that are generated."""
 
+ORDER = "_parameters_before_hypernetwork"
+"""Attribute of a target's module: the names of all its parameters, in order."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -93,6 +96,7 @@ def take_out(target: nn.Module, entries: Sequence[Entry], base: Base) -> None:
     for entry in entries:
         for at, (path, attribute) in enumerate(entry.places):
             module = target.get_submodule(path)
+            setattr(module, ORDER, getattr(module, ORDER, tuple(module._parameters)))
             setattr(module, MARK, getattr(module, MARK, frozenset()) | {attribute})
             kept = module._parameters[attribute]
             if base == "frozen" and at == 0 and kept is not None:
@@ -102,6 +106,24 @@ def take_out(target: nn.Module, entries: Sequence[Entry], base: Base) -> None:
                 module._parameters[attribute] = None
             elif kept is not None:
                 kept.requires_grad_(True)
+    refresh_recurrent(target)
+
+
+def refresh_recurrent(target: nn.Module) -> None:
+    """Let torch's recurrent layers forget the tensors of the last call: they keep a list of their own."""
+    for module in target.modules():
+        if isinstance(module, nn.RNNBase):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                setattr(module, name, tensor)
+
+
+def tell_recurrent(target: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of the coming call on the list that torch's recurrent layers keep."""
+    for path, module in target.named_modules():
+        if isinstance(module, nn.RNNBase):
+            named = [f"{path}.{name}" if path else name for name in module._flat_weights_names]
+            held = [getattr(module, name, None) for name in module._flat_weights_names]
+            module._flat_weights = [tensors.get(name, own) for name, own in zip(named, held, strict=True)]
 
 
 def base_of(target: nn.Module, entry: Entry) -> Tensor | None:
@@ -136,11 +158,15 @@ def freeze_out(target: nn.Module, entries: Sequence[Entry], tensors: Mapping[str
             module = find(plain, path)
             if module is not None and attribute in getattr(module, MARK, ()):
                 module._buffers.pop(attribute, None)
-                # Assigned in the table, where the place has kept its order among the module's parameters.
                 module._parameters[attribute] = parameter
     for module in plain.modules():
         if hasattr(module, MARK):
+            # A frozen base stood among the buffers: the parameters come back in the order that they had.
+            order = (*getattr(module, ORDER), *module._parameters)
+            module._parameters = {n: module._parameters[n] for n in dict.fromkeys(order) if n in module._parameters}
             delattr(module, MARK)
+            delattr(module, ORDER)
+    refresh_recurrent(plain)
     return plain
 
 
@@ -160,6 +186,24 @@ def fingerprint(entries: Sequence[Entry]) -> list[list[int]]:
         rows.append([offset, int.from_bytes(digest[:7], "big")])
         offset += entry.numel
     return rows
+
+
+def refuse_another_layout(stored: object, entries: Sequence[Entry]) -> None:
+    """Compare a saved fingerprint with the entries'; nothing saved, or nothing in it yet (meta), passes.
+
+    Raises:
+        LaminaError: they differ; the first entry that does is named.
+    """
+    expected = fingerprint(entries)
+    if not isinstance(stored, Tensor) or stored.is_meta or stored.tolist() == expected:
+        return
+    differ = (i for i, (a, b) in enumerate(zip(stored.tolist(), expected, strict=False)) if a != b)
+    first = next(differ, min(len(stored), len(expected)))
+    named = entries[first].name if first < len(expected) else "one more"
+    raise LaminaError(
+        f"the saved hypernetwork generates other tensors than this one ({len(stored)} and {len(expected)}): the first "
+        f"that differs is {named}; it has another target, match or rank"
+    )
 
 
 def with_running_statistics(target: nn.Module) -> Iterator[tuple[str, nn.Module]]:

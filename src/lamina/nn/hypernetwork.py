@@ -28,10 +28,10 @@ from lamina.nn._hypernetwork_options import (
     check_together,
     make_condition,
     members,
-    values_of,
+    stacked,
     without_row,
 )
-from lamina.nn._hypernetwork_state import Memory, TaskStatistics, use_batch_statistics
+from lamina.nn._hypernetwork_state import Memory, keep_statistics
 from lamina.nn.hypernetwork_conditions import Condition, JointCondition, TaskCondition
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
@@ -53,7 +53,7 @@ class TensorReport:
 
 @register("layer", "hypernetwork", source="Chauhan et al. 2023, arXiv 2306.06955")
 class HyperNetwork(nn.Module):
-    """Any module with some or all of its weights generated from a condition, in one place of the five design criteria.
+    """Any module with some or all of its weights generated from a condition.
 
     For many tasks without forgetting, weights that adapt to the input, a whole path of a hyperparameter, ensembles from
     noise, or a small generator for a large target. Optimizers and DDP see the generator, the embeddings and what is
@@ -94,6 +94,7 @@ class HyperNetwork(nn.Module):
         hyperfan: Chang et al. (2020). Deviation: hyperfan weights are unit numbers times a fixed factor a tensor, the
         same variance for every way of emitting; biases start at 0, so that hyperfan-in is not halved for them.
     Example:
+        >>> from lamina.nn import TaskCondition
         >>> h = HyperNetwork(nn.Linear(4, 3), TaskCondition(5), chunk_size=8)
         >>> h(torch.randn(2, 4), 1).shape, h(torch.randn(2, 4), torch.tensor([0, 4])).shape, h.num_generated
         (torch.Size([2, 3]), torch.Size([2, 3]), 15)
@@ -129,7 +130,9 @@ class HyperNetwork(nn.Module):
         module: nn.Module = target if isinstance(target, nn.Module) else factory("model", target)()
         self.condition = make_condition(condition)
         self.entries, dtypes = parts.select(module, match, rank)
-        self._take_statistics(module, batch_norm)
+        self.one_task_a_call = any(True for _ in parts.with_running_statistics(module))
+        count = self.condition.count if isinstance(self.condition, TaskCondition) else None
+        self.statistics = keep_statistics(module, batch_norm, count)
         values = [dict(module.named_parameters())[e.name] for e in self.entries]
         self.own_stds = [start.mean_and_spread(v)[1] for v in values]
         starts = [start.Start(1.0, 0.0, None)] * len(values)
@@ -203,7 +206,7 @@ class HyperNetwork(nn.Module):
     def generate(self, condition: Any = None) -> dict[str, Tensor]:
         """Return the weights by name, as the target would have them; with a leading B for a batch of conditions."""
         code = self.condition(self._complete(condition, None))
-        found = self._generate(code if code.dim() == 2 else code.unsqueeze(0))
+        found = self._generate(_rows(code))
         return found if code.dim() == 2 else {name: tensor[0] for name, tensor in found.items()}
 
     def materialize(self, condition: Any = None) -> nn.Module:
@@ -214,9 +217,10 @@ class HyperNetwork(nn.Module):
         """
         value = self._complete(condition, None)
         code = self.condition(value)
-        if code.dim() != 1:
+        if code.dim() == 2 and len(code) != 1:
             raise ShapeError(f"materialize takes one condition, got a batch of {len(code)}")
-        plain = parts.freeze_out(self.target, self.entries, self.generate(value))
+        weights = {name: tensor[0] for name, tensor in self._generate(code.reshape(1, -1)).items()}
+        plain = parts.freeze_out(self.target, self.entries, weights)
         if self.statistics is not None:
             self.statistics.put(self._task(value), plain)
         return plain.train(self.training)
@@ -230,11 +234,7 @@ class HyperNetwork(nn.Module):
         with torch.no_grad():
             value = self._complete(as_batch(conditions), None)
             code = self.condition(value)
-            values = [torch.as_tensor(v, device=code.device) for v in values_of(self.condition, value)]
-            if code.dim() == 1:
-                code, values = code.unsqueeze(0), [v.unsqueeze(0) for v in values]
-            values = [v if v.dim() and len(v) == len(code) else v.expand(len(code), *v.shape) for v in values]
-            self.memory.add(values, self._flat(code))
+            self.memory.add(stacked(self.condition, value, len(_rows(code))), self._flat(_rows(code)))
 
     def drift(self) -> Tensor:
         """Return how far the remembered conditions' weights have moved: mean over them of the squared distance; ()."""
@@ -242,22 +242,29 @@ class HyperNetwork(nn.Module):
             return self.scales.new_zeros(())
         values = self.memory.values()
         code = self.condition(tuple(values) if isinstance(self.condition, JointCondition) else values[0])
-        moved = self._flat(code if code.dim() == 2 else code.unsqueeze(0)) - self.memory.get_buffer("weights")
+        moved = self._flat(_rows(code)) - self.memory.get_buffer("weights")
         return moved.square().sum(1).mean()
 
     def magnitude(self, condition: Any = None) -> Tensor:
         """Return the squared length of all generated weights, averaged over the conditions; (). For a penalty."""
         code = self.condition(self._complete(condition, None))
-        return self._flat(code if code.dim() == 2 else code.unsqueeze(0)).square().sum(1).mean()
+        return self._flat(_rows(code)).square().sum(1).mean()
 
     def calibrate(self, condition: Any) -> None:
         """Scale the heads anew so that over these conditions weights have the variance meant, in place.
 
         Done at construction with the conditions known there; worth doing once on real ones for a `DataCondition`,
-        before training and with an init of hyperfan.
+        before training.
+
+        Raises:
+            LaminaError: the init is not hyperfan: then the heads start small on purpose.
         """
+        if self.plain:
+            raise LaminaError(
+                "calibrate is for an init of hyperfan_in or hyperfan_out: with a base the heads start small"
+            )
         code = self.condition(self._complete(condition, None))
-        self.generator.normalise(code if code.dim() == 2 else code.unsqueeze(0))
+        self.generator.normalise(_rows(code))
 
     @torch.no_grad()
     def report(self) -> list[TensorReport]:
@@ -288,24 +295,6 @@ class HyperNetwork(nn.Module):
     def extra_repr(self) -> str:
         """Show how much is generated."""
         return f"generation={self.generator.generation!r}, num_generated={self.num_generated}"
-
-    def _take_statistics(self, target: nn.Module, policy: str) -> None:
-        self.statistics: TaskStatistics | None = None
-        kept = [path or type(target).__name__ for path, _ in parts.with_running_statistics(target)]
-        self.one_task_a_call = bool(kept)
-        if not kept:
-            return
-        if policy == "refuse":
-            raise LaminaError(
-                f"{kept[0]} keeps running statistics, which differ from condition to condition: pass "
-                "batch_norm='per_condition' or 'batch', or put a GroupNorm there"
-            )
-        if policy == "batch":
-            use_batch_statistics(target)
-        elif isinstance(self.condition, TaskCondition):
-            self.statistics = TaskStatistics(target, self.condition.count)
-        else:
-            raise LaminaError("batch_norm='per_condition' needs a TaskCondition: statistics are kept a task")
 
     def _start(self, starts: Sequence[start.Start], init: Init) -> None:
         gates = [s.gate for s in starts if s.gate is not None]
@@ -346,12 +335,21 @@ class HyperNetwork(nn.Module):
     def _run(self, generated: Mapping[str, Tensor], value: Any, args: Any, named: Any) -> Any:
         tensors = parts.by_place(self.target, self.entries, {n: t[0] for n, t in generated.items()})
         if self.statistics is None:
-            return functional_call(self.target, tensors, args, named)
+            return self._call(tensors, args, named)
         task = self._task(value)
         statistics = self.statistics.read(task)
-        output = functional_call(self.target, {**tensors, **statistics}, args, named)
+        output = self._call({**tensors, **statistics}, args, named)
         if self.training:
             self.statistics.write(task, statistics)
+        return output
+
+    def _call(self, tensors: dict[str, Tensor], args: Any, named: Any) -> Any:
+        if self.recurrent:
+            parts.tell_recurrent(self.target, tensors)
+        # Ties are spelled out in the names of the tensors.
+        output = functional_call(self.target, tensors, args, named, tie_weights=False)
+        if self.recurrent:
+            parts.refresh_recurrent(self.target)
         return output
 
     def _for_some(self, codes: Tensor, value: Any, args: Any, named: Any, *, shared: bool) -> Any:
@@ -362,12 +360,12 @@ class HyperNetwork(nn.Module):
         return tree_map(lambda t: t.unsqueeze(0), self._run(generated, value, args, named))
 
     def _vmapped(self, weights: dict[str, Tensor], args: Any, named: Any, *, shared: bool) -> Any:
-        # Keywords of vmap are always mapped: everything goes by position.
+        # vmap maps every keyword: all goes by position.
         leaves, spec = tree_flatten((args, named))
 
         def run(weights: dict[str, Tensor], *leaves: Any) -> Any:
             args, named = tree_unflatten(leaves, spec)
-            return functional_call(self.target, weights, args, named)
+            return self._call(weights, args, named)
 
         places = [0 if isinstance(leaf, Tensor) and not shared else None for leaf in leaves]
         return mapped(run, places, self.recurrent)(weights, *leaves)
@@ -388,14 +386,10 @@ class HyperNetwork(nn.Module):
             )
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        stored = state.get(f"{prefix}layout")
-        expected = parts.fingerprint(self.entries)
-        if isinstance(stored, Tensor) and not stored.is_meta and stored.tolist() != expected:
-            pairs = zip(stored.tolist(), expected, strict=False)
-            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(stored), len(expected)))
-            named = self.entries[first].name if first < len(expected) else "an entry more"
-            raise LaminaError(
-                f"the saved hypernetwork generates other tensors than this one ({len(stored)} and {len(expected)}): "
-                f"the first that differs is {named}; it has another target, match or rank"
-            )
+        parts.refuse_another_layout(state.get(f"{prefix}layout"), self.entries)
         super()._load_from_state_dict(state, prefix, *rest)
+
+
+def _rows(code: Tensor) -> Tensor:
+    """Return codes (B, C); one code is a batch of one."""
+    return code if code.dim() == 2 else code.unsqueeze(0)
