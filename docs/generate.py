@@ -25,8 +25,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for method in found:
         (folder / f"{method.experiment.slug}.md").write_text(method_page(method), encoding="utf-8")
-        picture = evidence.folder() / f"{method.experiment.slug}.svg"
-        if picture.exists():
+        for _, picture in pictures(method.experiment.slug):
             shutil.copy(picture, folder / picture.name)
     (folder / "index.md").write_text(method_table(found), encoding="utf-8")
     (DOCS / "parts.md").write_text(parts_page(), encoding="utf-8")
@@ -102,14 +101,21 @@ def measured(method: methods.Method) -> list[str]:
         lines += [f"| {n} | {sum(r.extra[n] for r in runs) / len(runs):.4g} |" for n in runs[0].extra]
     if isinstance(runs[0].paper, str):
         lines += ["", f"The paper: {runs[0].paper}"]
-    if (evidence.folder() / f"{one.slug}.svg").exists():
-        lines += ["", f"![ours and baseline by seed]({one.slug}.svg)"]
+    for title, picture in pictures(one.slug):
+        lines += ["", f"![{title}]({picture.name})"]
     packages = ", ".join(f"{k} {v}" for k, v in where["packages"].items())
     lines += [
         "",
         f"{where['processor']}, {where['cores']} cores; {packages}; {found.content['seconds']:.0f} s; commit {where['commit']}.",
     ]
     return lines
+
+
+def pictures(slug: str) -> list[tuple[str, Path]]:
+    """Return title and file of the pictures that `lamina reproduce` drew of a method."""
+    named = {f"{slug}-picture.svg": "what it does", f"{slug}.svg": "ours and baseline by seed"}
+    found = [(title, evidence.folder() / name) for name, title in named.items()]
+    return [(title, path) for title, path in found if path.exists()]
 
 
 def parts_page() -> str:

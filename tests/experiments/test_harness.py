@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from lamina.data import load
 from lamina.errors import LaminaError
-from lamina.experiments import evidence, harness, methods, reproduce
+from lamina.experiments import evidence, harness, methods, picture, reproduce
 from lamina.experiments.bars import parse_bar
 from lamina.experiments.harness import Measurement, interval, verdict
 
@@ -176,6 +177,27 @@ def test_reproduce_writes_evidence_that_checks_and_the_same_seed_gives_the_same_
     assert reproduce.check_one(one, into) == []
     assert evidence.status(one, into) == "reproduced"
     assert json.loads(reproduce.reproduce(one, into=into).read_text())["measurements"] == first["measurements"]
+
+
+def test_a_method_may_draw_a_picture_of_its_own(toy, monkeypatch):
+    one, into, _ = toy
+    into.mkdir()
+    assert picture.draw_own(one, torch.device("cpu"), into / "none.svg") is None
+    asked = []
+
+    def draw(seed, device):
+        asked.append((seed, device.type))
+        figure = Figure()
+        figure.subplots().plot([1, 2])
+        return figure
+
+    module = types.ModuleType("lamina_toy")
+    module.picture = draw
+    monkeypatch.setitem(sys.modules, "lamina_toy", module)
+    paths = [picture.draw_own(one, torch.device("cpu"), into / f"{n}.svg") for n in ("a", "b")]
+    assert asked == [(0, "cpu"), (0, "cpu")], "of the first seed"
+    assert paths[0].read_text().startswith("<?xml")
+    assert paths[0].read_bytes() == paths[1].read_bytes(), "no date, no random ids"
 
 
 def test_code_comments_do_not_make_evidence_stale_but_code_does(toy):

@@ -1,9 +1,15 @@
-"""The picture beside an evidence file: every figure of ours and the baseline's, seed by seed."""
+"""The pictures beside an evidence file: every figure of ours and the baseline's, seed by seed; and the method's own.
+
+An experiment's module may have a function `picture(seed, device) -> Figure` that shows what figures do not.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from lamina.experiments.harness import Experiment, Measurement, figures, paper_figures
 
@@ -35,4 +41,16 @@ def draw(experiment: Experiment, measurements: Sequence[Measurement], path: Path
         if measurements[0].unit:
             drawing.supylabel(measurements[0].unit)
         drawing.savefig(path, format="svg", metadata={"Date": None})
+    return path
+
+
+def draw_own(experiment: Experiment, device: torch.device, path: Path) -> Path | None:
+    """Write what the experiment's module draws for its first seed as an SVG; None where it draws nothing."""
+    make = getattr(sys.modules.get(experiment.run.__module__), "picture", None)
+    if make is None:
+        return None
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": experiment.slug, "font.size": 9}):
+        make(experiment.seeds[0], device).savefig(path, format="svg", metadata={"Date": None})
     return path

@@ -65,20 +65,24 @@ def main(
 
 
 def reproduce(experiment: Experiment, *, into: Path | None = None) -> Path:
-    """Run every seed of one experiment, write `evidence/<slug>.json` and `.svg`, return the JSON's path."""
+    """Run every seed of one experiment; write `evidence/<slug>.json`, `.svg`, and `-picture.svg` where it draws one.
+
+    Return the JSON's path.
+    """
     started = time.perf_counter()
     with noting_files() as files:
         measurements = [run_seed(experiment, seed) for seed in experiment.seeds]
     where, seconds = into or evidence.folder(), time.perf_counter() - started
     path = evidence.write(experiment, measurements, seconds, where, files)
     picture.draw(experiment, measurements, where / f"{experiment.slug}.svg")
+    picture.draw_own(experiment, _device(), where / f"{experiment.slug}-picture.svg")
     show(experiment, measurements)
     return path
 
 
 def run_seed(experiment: Experiment, seed: int) -> Measurement:
     """Run one seed with torch's global generator set to it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     torch.manual_seed(seed)
     started = time.perf_counter()
     measurement = experiment.run(seed, device)
@@ -89,6 +93,10 @@ def run_seed(experiment: Experiment, seed: int) -> Measurement:
         soft_wrap=True,
     )
     return measurement
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_one(experiment: Experiment, where: Path | None = None) -> list[str]:
