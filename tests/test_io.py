@@ -188,6 +188,40 @@ def damage(folder, what):
         ]
     elif what == "bad record":
         content["rewrites"] = [{"name": "x"}]
+    elif what == "more in a record":
+        content["rewrites"] = [
+            {"name": "x", "version": 1, "decision": {}, "parameters_before": 1, "parameters_after": 1, "more": 1}
+        ]
+    elif what == "more in a decision":
+        decision = {"attention": [], "atention": [1]}
+        content["rewrites"] = [
+            {
+                "name": "drop_attention",
+                "version": 1,
+                "decision": decision,
+                "parameters_before": 1,
+                "parameters_after": 1,
+            }
+        ]
+    elif what == "no pass":
+        content["rewrites"] = [
+            {
+                "name": "subprocess:Popen",
+                "version": 1,
+                "decision": {},
+                "parameters_before": 1,
+                "parameters_after": 1,
+            }
+        ]
+    elif what == "a number for a sum":
+        content["sha256"] = 3
+    elif what == "a list":
+        content = []
+    elif what == "a folder":
+        weights.unlink()
+        weights.mkdir()
+    elif what == "a buffer":
+        content["buffers"] = {"one.frequencies": "bfloat16"}
     elif what == "no base":
         del content["base"]
     description.write_text("{" if what == "not json" else json.dumps(content))
@@ -205,7 +239,14 @@ def damage(folder, what):
         ("format", "has format 99"),
         ("unknown pass", "no pass is called 'no_such_pass'"),
         ("bad record", "is not a description of a saved model"),
-        ("no base", "is not a description of a saved model"),
+        ("more in a record", "its rewrites have more"),
+        ("more in a decision", "it has no 'atention'; did you mean 'attention'"),
+        ("no pass", "'subprocess:Popen' is no pass"),
+        ("a number for a sum", "is not a description of a saved model: .*should be a valid string$"),
+        ("a list", "is not a description of a saved model"),
+        ("a folder", "has no model.safetensors"),
+        ("a buffer", "had a buffer one.frequencies of type bfloat16"),
+        ("no base", "is not a description of a saved model: it has no 'base'"),
         ("not json", "is not a description of a saved model"),
     ],
 )
@@ -258,3 +299,69 @@ def test_weights_on_meta_are_not_saved(tmp_path):
         model = Net()
     with pytest.raises(LaminaError, match="meta"):
         io.save(model, tmp_path / "model")
+
+
+def bare_function(width: int = 4):
+    return Net(width)
+
+
+def annotated(width: int = 4) -> nn.Module:
+    return Net(width)
+
+
+@pytest.mark.parametrize("node", [{"name": "os:mkdir"}, {"name": "io_test_net", "width": {"name": "os:mkdir"}}])
+def test_a_file_cannot_have_just_any_function_called(saved, tmp_path, node):
+    folder, model = saved
+    description = folder / io.ARCHITECTURE
+    content = json.loads(description.read_text())
+    content["base"] = node | {"path": str(tmp_path / "made")}
+    description.write_text(json.dumps(content))
+    with pytest.raises(LaminaError, match=r"os:mkdir is named .* class of nn.Module, or a function annotated"):
+        io.load(folder)
+    assert not (tmp_path / "made").exists()
+    assert torch.equal(io.load(folder, base=Net(6))(INPUTS), model(INPUTS))
+
+
+def test_a_base_function_says_that_it_makes_a_module(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "their_models", sys.modules[__name__])
+    model = Net().eval()
+    with pytest.raises(LaminaError, match="their_models:bare_function is named"):
+        io.save(model, tmp_path / "model", base="their_models:bare_function")
+    for base in ("their_models:annotated", "their_models:Net"):
+        assert torch.equal(io.load(io.save(model, tmp_path / "model", base=base))(INPUTS), model(INPUTS))
+
+
+def test_a_compiled_model_is_saved_as_what_it_wraps(tmp_path):
+    model = Net(6).eval()
+    folder = io.save(torch.compile(model, backend="eager"), tmp_path / "model")
+    assert torch.equal(io.load(folder)(INPUTS), model(INPUTS))
+
+
+def test_weights_tied_by_their_storage_alone_are_saved(tmp_path):
+    model = Net(3).eval()
+    model.norm.weight.data = model.scale.data
+    assert torch.equal(io.load(io.save(model, tmp_path / "model"))(INPUTS), model(INPUTS))
+
+
+def test_the_type_of_a_buffer_that_no_file_holds_comes_back(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2, **sizes)).eval().bfloat16()
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        found = io.load(io.save(model, tmp_path / "model"))(ids).logits
+        assert torch.equal(found, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [("{", "config.json is not a configuration"), ("[]", "config.json is not a configuration"), ("", "no readable")],
+)
+def test_a_foreign_folder_that_cannot_be_read_is_refused(tmp_path, config, sentence):
+    transformers = pytest.importorskip("transformers")
+    whole = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)
+    (tmp_path / "config.json").write_text(config or json.dumps(whole.to_dict()))
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    with pytest.raises(LaminaError, match=sentence):
+        io.load(tmp_path)

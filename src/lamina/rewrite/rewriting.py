@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lamina import registry
 from lamina.batches import Batch
-from lamina.errors import LaminaError, RecipeError
+from lamina.errors import LaminaError, RecipeError, nearest
 from lamina.lineage import Lineage
 from lamina.optim.carry import carry
 
@@ -78,8 +78,11 @@ def rewrite(
         optimizer: its parameter groups and state follow the rewrite.
         allow_no_change: a pass that changed nothing raises unless this is set.
     Raises:
-        LaminaError: a pass changed nothing.
+        LaminaError: a pass changed nothing, or the model is wrapped for data parallelism.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        # Its reducer goes on waiting for the parameters it was made for.
+        raise LaminaError("rewrite takes the bare module, not the DistributedDataParallel round it: rewrite, then wrap")
     for one in passes:
         model = apply_decision(
             model, one, _agree(one, model, data), optimizer=optimizer, allow_no_change=allow_no_change
@@ -164,8 +167,8 @@ def pass_name(one: Pass[Any]) -> str:
 def pass_class(name: str) -> type[Pass[Any]]:
     """Return the pass class behind a recorded name."""
     target = registry.find("pass", name)
-    if not inspect.isclass(target):
-        raise LaminaError(f"the pass {name!r} is not a class: {target!r}")
+    if not inspect.isclass(target) or not all(hasattr(target, n) for n in ("version", "decide", "apply")):
+        raise LaminaError(f"{name!r} is no pass (a class with version, decide and apply): {target!r}")
     return cast(type[Pass[Any]], target)
 
 
@@ -191,6 +194,10 @@ def from_json(one: type[Pass[Any]], decision: dict[str, Any], version: int) -> A
             raise LaminaError(f"{one.__name__} cannot upgrade a decision of version {version}")
         decision = upgrade(decision, version)
     kind = get_type_hints(one.decide)["return"]
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in decision:
+        if name not in known:
+            raise LaminaError(f"not a decision of {one.__name__}: it has no {name!r}{nearest(name, known)}")
     try:
         return TypeAdapter(kind).validate_python(decision)
     except ValidationError as error:
