@@ -4,9 +4,12 @@ transformer         encoder or decoder with slots for mixer, norm and feed-forwa
 vision_transformer  ViT
 resnet              small and standard ResNets
 metaformer          the MetaFormer template and PoolFormer's sizes
+boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
 hugging_face        any transformers model, by config or folder
 """
 
+from lamina.models.boltzmann import ConvMonotoneDBM as ConvMonotoneDBM
+from lamina.models.boltzmann import MonotoneDBM as MonotoneDBM
 from lamina.models.hugging_face import hugging_face as hugging_face
 from lamina.models.metaformer import MetaFormer as MetaFormer
 from lamina.models.metaformer import MetaFormerBlock as MetaFormerBlock

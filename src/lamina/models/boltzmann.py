@@ -150,7 +150,7 @@ class BoltzmannMachine(nn.Module):
         missing = [n for n in self.groups if n not in x]
         if missing:
             raise LaminaError(f"an energy needs the states of every variable; missing: {', '.join(missing)}")
-        vector, _ = self._observation(x, None)
+        vector, _ = self.observation(x, None)
         return -self._agreement(vector)
 
     def elbo(self, q: Mapping[str, Tensor]) -> Tensor:
@@ -165,12 +165,12 @@ class BoltzmannMachine(nn.Module):
     def _solve(
         self, observed: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None, start: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        vector, seen = self._observation(observed, mask)
+        vector, seen = self.observation(observed, mask)
         bias = self.bias.expand(len(vector), -1)
         return self.equilibrium.solve(bias, vector, seen, None if start is None else self._vector(start))
 
-    def _observation(self, observed: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Lay observations out: (B, dim) one-hot, zero where nothing was seen, and (B, variables) which were."""
+    def observation(self, observed: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Lay observations out as the coupling has them: (B, dim) one-hot or zero, and which of its (B, variables)."""
         for name in (*observed, *(mask or ())):
             if name not in self.groups:
                 raise LaminaError(f"no group of variables is called {name!r}{nearest(name, self.groups)}")

@@ -6,6 +6,7 @@ pooling_mixer   pooling and the control arms of the MetaFormer comparison
 attention       multi-head attention on torch's scaled_dot_product_attention
 equilibrium     mean field at its unique equilibrium: monotone couplings, proximal softmax, fixed points
 feed_forward    the plain and the gated position-wise network
+fourier_head    logits over ordered bins as a Fourier density; fourier_density: the density itself
 hypercomplex    linear layers and convolutions with 1/n of the weights
 layout          sequence mixers on images and the other way round
 torch_layers    torch's activations and batch norms under the names recipes use
@@ -20,6 +21,11 @@ from lamina.nn.feed_forward import FeedForward as FeedForward
 from lamina.nn.feed_forward import SwiGLU as SwiGLU
 from lamina.nn.fixed_point_solver import FixedPointInfo as FixedPointInfo
 from lamina.nn.fixed_point_solver import fixed_point as fixed_point
+from lamina.nn.fourier_density import FourierDensity as FourierDensity
+from lamina.nn.fourier_density import FourierDistribution as FourierDistribution
+from lamina.nn.fourier_head import FourierHead as FourierHead
+from lamina.nn.fourier_head import fourier_bins as fourier_bins
+from lamina.nn.fourier_head import smoothness as smoothness
 from lamina.nn.hypercomplex import PHConv1d as PHConv1d
 from lamina.nn.hypercomplex import PHConv2d as PHConv2d
 from lamina.nn.hypercomplex import PHConv3d as PHConv3d

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,12 +54,12 @@ class StateBlocks:
                 runs.append(Run(1, int(size)))
         return cls(tuple(runs))
 
-    @cached_property
+    @property
     def dim(self) -> int:
         """Entries of a vector."""
         return sum(r.width for r in self.runs)
 
-    @cached_property
+    @property
     def count(self) -> int:
         """Variables."""
         return sum(r.count for r in self.runs)

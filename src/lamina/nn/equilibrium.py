@@ -118,7 +118,7 @@ class MeanFieldEquilibrium(nn.Module):
         q, _ = self.solve(bias, observed, mask, start)
         return q.to(bias.dtype)
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def solve(
         self,
         bias: Tensor,

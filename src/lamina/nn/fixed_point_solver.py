@@ -31,7 +31,7 @@ class FixedPointInfo:
     """Whether that is at most the tolerance in every row."""
 
 
-@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def fixed_point(
     f: Callable[[Tensor], Tensor],
@@ -44,8 +44,8 @@ def fixed_point(
 ) -> tuple[Tensor, FixedPointInfo]:
     """Find z = f(z) row by row, starting at z0 (B, ...); a row that has converged stays as it is.
 
-    So what a row ends at does not depend on the others in its batch. The loop itself is never compiled, its length
-    being known only as it runs; f may be.
+    So what a row ends at does not depend on the others in its batch. Under torch.compile this runs as it is, since the
+    length of the loop is known only as it runs.
 
     Args:
         f: (B, ...) -> the same shape, each row for itself.

@@ -1,6 +1,7 @@
 """Objectives: what a training step minimises.
 
 objective     the protocol; weighted sums
+fourier_smoothness  keep the densities of Fourier heads smooth
 hypernetwork  hold the weights that a hypernetwork made for earlier tasks
 supervised    next token, masked token, classification, regression
 distillation  follow a teacher's logits and hidden states
@@ -8,6 +9,7 @@ masked_marginals  what was hidden of a Boltzmann machine's variables
 """
 
 from lamina.objectives.distillation import Distillation as Distillation
+from lamina.objectives.fourier_smoothness import FourierSmoothness as FourierSmoothness
 from lamina.objectives.hypernetwork import HyperNetworkDrift as HyperNetworkDrift
 from lamina.objectives.masked_marginals import MaskedMarginals as MaskedMarginals
 from lamina.objectives.objective import Losses as Losses

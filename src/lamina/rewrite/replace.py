@@ -21,6 +21,8 @@ from lamina.batches import Batch
 from lamina.errors import AnatomyError, LaminaError, RecipeError, nearest
 from lamina.lineage import Lineage
 from lamina.registry import register
+from lamina.rewrite import _replace_equilibrium as _replace_equilibrium
+from lamina.rewrite import _replace_fourier_head as _replace_fourier_head
 from lamina.rewrite import _replace_hypercomplex as _replace_hypercomplex
 from lamina.rewrite import _replace_recurrent as _replace_recurrent
 from lamina.rewrite._replace_norm import norm_to_norm
