@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from lamina import io
 from lamina.errors import LaminaError
 from lamina.recipe import load
 from lamina.rewrite.rewriting import history
+from lamina.train import run as run_module
 from lamina.train import state
+from lamina.train.outcome import Stage
 from lamina.train.precision import TrainingError
 from lamina.train.run import differences, train
 
@@ -66,6 +69,16 @@ def test_a_recipe_leaves_a_whole_folder(tmp_path, capsys) -> None:
     assert len(history(loaded)) == 1
     for name, tensor in done.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_the_last_table_fits_a_terminal(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stages = [
+        Stage(name, 1_219_840, loss_before=5.3, loss_after=2.6, memory=555 << 20, steps=240, seconds=1.0, items=7_310)
+        for name in ("start", "drop_attention")
+    ]
+    run_module._show(types.SimpleNamespace(unit="tokens", folder=tmp_path, stages=stages), tmp_path / "report.html")
+    assert "drop_attention" in capsys.readouterr().out
 
 
 def test_the_learning_rate_follows_schedule_and_groups(tmp_path) -> None:

@@ -202,7 +202,8 @@ def _base(model: nn.Module, recipe: Recipe, done: Run) -> dict[str, Any] | None:
 
 def _show(done: Run, path: Path) -> None:
     """Print the models that the rewrites made, side by side, and where the report is."""
-    table = Table(*report.header(done.unit), title=str(done.folder))
+    # Without outer padding it fits 80 columns with the longest of our passes.
+    table = Table(*report.header(done.unit), title=str(done.folder), pad_edge=False)
     for stage in done.stages:
         table.add_row(*report.stage_cells(stage))
     Console().print(table)
