@@ -60,7 +60,7 @@ class Projections:
 
 
 def attention_projections(attention: nn.Module, heads: int | None = None) -> Projections | None:
-    """Return the projections at or below a module; None where it does not have exactly one of each.
+    """Return the projections at or below a module; None where it does not have exactly one of each, with a weight.
 
     Args:
         heads: of the query, which a weight that is fused head by head needs.
@@ -69,6 +69,9 @@ def attention_projections(attention: nn.Module, heads: int | None = None) -> Pro
         if isinstance(module, nn.MultiheadAttention):
             return _of_torch(module)
     leaves = {path: m for path, m in attention.named_modules() if path and widths(m) is not None}
+    if not all(isinstance(getattr(m, "weight", None), Parameter) for m in leaves.values()):
+        # Formed from other numbers (hypercomplex, quantised layers): there is no weight to hand over.
+        return None
     fused = [p for p in leaves if _FUSED.search(_last(p))]
     if len(fused) == 1 and len(leaves) == 2:
         out = next(p for p in leaves if p != fused[0])
