@@ -25,6 +25,7 @@ from lamina.nn.fourier_density import FourierDensity as FourierDensity
 from lamina.nn.fourier_density import FourierDistribution as FourierDistribution
 from lamina.nn.fourier_head import FourierHead as FourierHead
 from lamina.nn.fourier_head import fourier_bins as fourier_bins
+from lamina.nn.fourier_head import fourier_penalty as fourier_penalty
 from lamina.nn.fourier_head import smoothness as smoothness
 from lamina.nn.hypercomplex import PHConv1d as PHConv1d
 from lamina.nn.hypercomplex import PHConv2d as PHConv2d

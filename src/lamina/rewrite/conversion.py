@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lamina import registry
@@ -88,8 +88,14 @@ def role_of(module: nn.Module) -> str:
 
 def _like_linear() -> set[str]:
     """Name the registered layers that are called like `nn.Linear`: `in_features` first, then how many come out."""
-    known = registry.parts_of("layer")
+    known = [p for p in registry.parts_of("layer") if _gives_tensor(p.target)]
     return {p.name for p in known if next(iter(inspect.signature(p.target).parameters), "") == "in_features"}
+
+
+def _gives_tensor(target: Callable[..., Any]) -> bool:
+    """Whether a layer says that it returns a tensor, or nothing (a distribution is no successor of a linear layer)."""
+    said = inspect.signature(getattr(target, "forward", target)).return_annotation
+    return said in (Tensor, "Tensor", inspect.Signature.empty)
 
 
 def linear_to_layer(old: nn.Module, new: str, options: Mapping[str, Any], lineage: Lineage) -> nn.Module:
