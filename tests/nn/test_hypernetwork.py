@@ -304,6 +304,23 @@ def test_the_size_of_a_chunked_generator_is_by_the_formula_and_far_below_a_milli
     assert make(nn.Linear(5, 3), base="trainable").compression_ratio > make(nn.Linear(5, 3)).compression_ratio
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_numbers_come_out_as_a_loop_over_the_runs_of_the_trunk_writes_them(generation):
+    h = stirred(make(mlp(3, 4, 2), base="frozen", generation=generation, chunk_size=7))
+    g, code, base = h.generator, h.condition.embedding[2], [h.target[0].weight, h.target[0].bias]
+    base = torch.cat([t.flatten() for t in (*base, h.target[2].weight, h.target[2].bias)])
+    sizes, runs = (12, 4, 8, 2), {"chunk": 4, "component": 4}.get(generation, 1)
+    hidden = [g.trunk(code if g.embedding is None else torch.cat((code, g.embedding[j]))) for j in range(runs)]
+    if generation == "multihead":
+        pieces = [head(hidden[0]) for head in g.heads]
+    elif generation == "component":
+        pieces = [g.heads[0](e)[:n] for e, n in zip(hidden, sizes, strict=True)]
+    else:
+        pieces = [g.heads[0](e) for e in hidden]
+    found = torch.cat([t.flatten() for t in h.generate(2).values()])
+    torch.testing.assert_close(found, base + torch.cat(pieces)[:26])
+
+
 def test_tasks_do_not_share_an_embedding_samples_and_noise_make_weights_differ():
     h = make(mlp(3, 4, 2))
     before = h.generate(0)["0.weight"].clone()
@@ -344,6 +361,7 @@ def test_tied_weights_are_generated_once_and_stay_tied():
     for base in ("none", "frozen", "trainable"):
         h = stirred(make(Tied(), base=base, match="out.weight"))
         assert h.num_generated == 44
+        assert [n for n, _ in h.target.named_parameters()] == (["embed.weight"] if base == "trainable" else [])
         weight, ids = h.generate(1)["embed.weight"], torch.tensor([[1, 3, 10]])
         torch.testing.assert_close(h(ids, 1), 2 * weight[ids] @ weight.T)
         plain = h.materialize(1)

@@ -29,6 +29,11 @@ the size of a convolutional network against that network and against a plain one
 that says whether the generator was worth it); one hypernetwork for a whole path of ridge penalties against the
 closed-form solutions (largest relative difference of the validation error).
 
+What was found: 99.3 % at the end against 82.6 % for the network trained on, and nothing forgotten, with any weight of
+the drift from 0.05 to 10; without it the hypernetwork forgets nearly as the plain network does. The ridge path is met
+to 1.5 %. As compression the generator loses: in 300 steps it is below the plain network of its own size (90.3 against
+92.2 %; the whole one has 96.8 %), so for one fixed condition a smaller network is the better buy.
+
 Limits: memory is not what continual learning wins here (3 202 weights, a generator of 23 200). Running statistics need
 a policy; rows with weights of their own cannot share batch statistics. Buffers are not generated. `vmap` has no rule
 for torch's recurrent layers, which run row by row; a transformers model under it must not look at its mask's values.
