@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.contract.collect import label, make, of
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from lamina import io
 from lamina.batches import call
@@ -35,6 +36,8 @@ def tensors(value):
     """Every floating tensor of an output, in order."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
+    if isinstance(value, Distribution):
+        return [getattr(value, name) for name in value.arg_constraints]
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
     return [t for v in values for t in tensors(v)]
 

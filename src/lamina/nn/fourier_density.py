@@ -144,7 +144,8 @@ class FourierDensity(nn.Module):
             raise ShapeError(f"FourierDensity takes (..., {self.in_features}), got {tuple(x.shape)}")
         re, im = series.parts(self.linear(x))
         series.refuse_non_finite(series.energy(re, im), "FourierDensity")
-        return FourierDistribution(re, im, self.eps, validate_args=False)
+        # A graph cannot look at values; elsewhere torch's own default decides.
+        return FourierDistribution(re, im, self.eps, validate_args=False if torch.compiler.is_compiling() else None)
 
     def extra_repr(self) -> str:
         """Show the options."""
