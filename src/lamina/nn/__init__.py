@@ -5,6 +5,7 @@ hypernetwork    the weights of any module generated from a condition
 pooling_mixer   pooling and the control arms of the MetaFormer comparison
 attention       multi-head attention on torch's scaled_dot_product_attention
 equilibrium     mean field at its unique equilibrium: monotone couplings, proximal softmax, fixed points
+evonorm         norm and activation as one layer
 feed_forward    the plain and the gated position-wise network
 fourier_head    logits over ordered bins as a Fourier density; fourier_density: the density itself
 hypercomplex    linear layers and convolutions with 1/n of the weights
@@ -17,6 +18,11 @@ from lamina.nn.attention import Attention as Attention
 from lamina.nn.attention import KeyValueCache as KeyValueCache
 from lamina.nn.equilibrium import EquilibriumHead as EquilibriumHead
 from lamina.nn.equilibrium import MeanFieldEquilibrium as MeanFieldEquilibrium
+from lamina.nn.evonorm import EvoNorm as EvoNorm
+from lamina.nn.evonorm import EvoNorm1d as EvoNorm1d
+from lamina.nn.evonorm import EvoNorm2d as EvoNorm2d
+from lamina.nn.evonorm import EvoNorm3d as EvoNorm3d
+from lamina.nn.evonorm import normalize_and_activate as normalize_and_activate
 from lamina.nn.feed_forward import FeedForward as FeedForward
 from lamina.nn.feed_forward import SwiGLU as SwiGLU
 from lamina.nn.fixed_point_solver import FixedPointInfo as FixedPointInfo

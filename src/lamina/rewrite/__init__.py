@@ -2,6 +2,7 @@
 
 rewriting   the Pass protocol, rewrite(), history, replay
 replace     one kind of layer for another, weights carried where a map exists
+replace_norm_activation  batch norm and activation as one layer
 conv_bn     convolution and batch norm as one, for fine-tuning with frozen statistics
 fold        norms into the layers around them, for deployment
 hypercomplex  linear layers and convolutions with 1/n of the weights, and back
@@ -28,6 +29,8 @@ from lamina.rewrite.hypercomplex import HypercomplexDecision as HypercomplexDeci
 from lamina.rewrite.hypercomplex import HypercomplexLayer as HypercomplexLayer
 from lamina.rewrite.replace import Replace as Replace
 from lamina.rewrite.replace import ReplaceDecision as ReplaceDecision
+from lamina.rewrite.replace_norm_activation import ReplaceNormActivation as ReplaceNormActivation
+from lamina.rewrite.replace_norm_activation import ReplaceNormActivationDecision as ReplaceNormActivationDecision
 from lamina.rewrite.rewriting import Pass as Pass
 from lamina.rewrite.rewriting import Record as Record
 from lamina.rewrite.rewriting import check_order as check_order

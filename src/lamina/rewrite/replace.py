@@ -22,6 +22,7 @@ from lamina.errors import AnatomyError, LaminaError, RecipeError, nearest
 from lamina.lineage import Lineage
 from lamina.registry import register
 from lamina.rewrite import _replace_equilibrium as _replace_equilibrium
+from lamina.rewrite import _replace_evonorm as _replace_evonorm
 from lamina.rewrite import _replace_fourier_head as _replace_fourier_head
 from lamina.rewrite import _replace_hypercomplex as _replace_hypercomplex
 from lamina.rewrite import _replace_recurrent as _replace_recurrent
