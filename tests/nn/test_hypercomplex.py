@@ -302,6 +302,9 @@ def test_initialise_gives_the_weight_the_spread_asked_for() -> None:
         layer.initialise(0.02)
         assert 0.7 * 0.02 < layer.weight.std() < 1.4 * 0.02
         assert not layer.bias.any()
+    for layer, dims in ((PHMLinear(64, 96, n=4), (0, 2)), (PHConvTranspose2d(64, 96, 1, n=4), (0, 1))):
+        # Every output block has the same power: entries of variance 1/n, n * n of them.
+        torch.testing.assert_close(layer.A.detach().square().sum(dims), torch.full((4,), 4.0))
 
 
 def test_the_weight_kept_in_evaluation_follows_every_change_of_a_parameter() -> None:
@@ -379,15 +382,15 @@ def test_the_nearest_sum_is_exact_where_there_is_one_and_the_tail_of_the_svd_els
 def test_taking_a_weight_with_a_fixed_algebra_and_with_thin_blocks() -> None:
     quaternion = PHMLinear(8, 12, n=4, algebra="quaternion").double()
     exact = PHMLinear(8, 12, n=4, algebra="quaternion").double().weight.detach()
-    assert quaternion.take(exact) < 1e-6
+    assert quaternion.load_nearest(exact) < 1e-6
     torch.testing.assert_close(quaternion.weight, exact)
     thin, source = PHMLinear(32, 32, n=2, rank=3).double(), PHMLinear(32, 32, n=2, rank=3).double()
     weight = torch.randn(32, 32, dtype=torch.float64)
-    error = thin.take(weight)
+    error = thin.load_nearest(weight)
     assert error == pytest.approx(float((thin.weight.detach() - weight).norm() / weight.norm()))
-    assert thin.take(source.weight.detach()) < 0.9
+    assert thin.load_nearest(source.weight.detach()) < 0.9
     one = quiet(PHMLinear, 4, 4, n=4)
-    one.take(torch.zeros(4, 4))
+    one.load_nearest(torch.zeros(4, 4))
     one(torch.ones(1, 4)).sum().backward()
     assert not one.weight.any()
     assert one.F.grad.any(), "a weight of zeros must be able to move"
@@ -460,6 +463,8 @@ def test_an_exported_layer_takes_any_number_of_rows() -> None:
         (lambda: PHMLinear(8, 8, n=2, algebra=[[[1.0]], [[2.0, 3.0]]]), "n x n x n numbers"),
         (lambda: PHMLinear(8, 8, n=2, init="kaiming"), "init must be"),
         (lambda: PHMLinear(16, 16, n=8, init="algebra"), "n = 1, 2, 4, not 8"),
+        (lambda: PHMLinear(16, 16, n=2, init="algebra", algebra="complex"), "this one is fixed"),
+        (lambda: PHMLinear(8, 8, n=2, init="kaiming", algebra_from=PHMLinear(8, 8, n=2)), "init must be"),
         (lambda: PHMLinear(8, 8, n=2, rank=5), r"rank must lie in 1..4"),
         (lambda: PHMLinear(8, 8, n=2, algebra_from=nn.Linear(2, 2)), "must be a hypercomplex layer, got a Linear"),
         (lambda: PHMLinear(8, 8, n=4, algebra_from=PHMLinear(8, 8, n=2)), "n=4, but the algebra"),

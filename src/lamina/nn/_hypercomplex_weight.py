@@ -67,6 +67,8 @@ class KroneckerWeight(nn.Module):
         super().__init__()
         name, inputs = type(self).__name__, shape[1 - out_dim]
         check_sizes(name, shape[out_dim], inputs, n)
+        if init not in ("variance", "official", "algebra"):
+            raise RecipeError(f"{name}: init must be 'variance', 'official' or 'algebra', got {init!r}")
         self.n, self.rank, self.init, self.spread, self.out_dim = n, rank, init, spread, out_dim
         self.fan_in = inputs if init == "official" else inputs * math.prod(shape[2:])
         self.owns_algebra = algebra_from is None
@@ -143,7 +145,7 @@ class KroneckerWeight(nn.Module):
             nn.init.zeros_(self.bias)
 
     @torch.no_grad()
-    def take(self, weight: Tensor) -> float:
+    def load_nearest(self, weight: Tensor) -> float:
         """Become the nearest sum of Kronecker products to a dense weight; return the relative error of the result.
 
         An algebra that is fixed or another layer's stays, and the blocks are the nearest for it. With `rank` the
@@ -269,8 +271,6 @@ def next_n(out: int, inputs: int, n: int) -> int:
 
 def _algebra(name: str, n: int, algebra: AlgebraOption, init: Init) -> Tensor:
     """Return A: a parameter still to be drawn, or the numbers that stay."""
-    if init not in ("variance", "official", "algebra"):
-        raise RecipeError(f"{name}: init must be 'variance', 'official' or 'algebra', got {init!r}")
     if isinstance(algebra, str) and algebra == "learned":
         if init == "algebra" and n not in (1, 2, 4):
             raise RecipeError(
@@ -282,6 +282,8 @@ def _algebra(name: str, n: int, algebra: AlgebraOption, init: Init) -> Tensor:
         raise RecipeError(
             f"{name}: no algebra is called {algebra!r}{nearest(algebra, known)}; known: {', '.join(known)}"
         )
+    if init == "algebra":
+        raise RecipeError(f"{name}: init='algebra' says where a learned algebra starts, this one is fixed")
     numbers = ALGEBRAS[algebra] if isinstance(algebra, str) else algebra
     try:
         fixed = torch.as_tensor(numbers, dtype=torch.get_default_dtype()).detach().clone()

@@ -47,7 +47,7 @@ def take_nearest(made: Any, old: Any) -> float | None:
         parameter.requires_grad_(old.weight.requires_grad)
     if made.A.is_meta or old.weight.is_meta:
         return None
-    error: float = made.take(old.weight)
+    error: float = made.load_nearest(old.weight)
     return error
 
 
