@@ -84,13 +84,18 @@ def _batch_divisor(x: Tensor, v1: Tensor | None, batch: Tensor, variant: str, ep
 
 
 def _of_groups(x: Tensor, groups: int, *, square: bool) -> Tensor:
-    """Variance or mean square of each example's groups, once for every channel: (N, C, 1, ...)."""
-    grouped = x.unflatten(1, (groups, -1))
-    dims = tuple(range(2, grouped.dim()))
-    found = (
-        grouped.square().mean(dims, keepdim=True) if square else torch.var(grouped, dims, correction=0, keepdim=True)
-    )
-    return found.expand(-1, -1, grouped.shape[2], *[-1] * (x.dim() - 2)).flatten(1, 2)
+    """Variance or mean square of each example's groups, once for every channel: (N, C, 1, ...).
+
+    By channel first: in either memory layout that is a reduction compilers vectorise, and no square is subtracted.
+    """
+    dims = tuple(range(2, x.dim()))
+    if square:
+        found = x.square().mean(dims, keepdim=True).unflatten(1, (groups, -1)).mean(2, keepdim=True)
+    else:
+        by_channel = torch.var_mean(x, dims, correction=0, keepdim=True)
+        variance, mean = (t.unflatten(1, (groups, -1)) for t in by_channel)
+        found = (variance + (mean - mean.mean(2, keepdim=True)).square()).mean(2, keepdim=True)
+    return found.expand(-1, -1, x.shape[1] // groups, *[-1] * (x.dim() - 2)).flatten(1, 2)
 
 
 def _by_name(names: tuple[str, ...], settings: dict[str, Any], *tensors: Tensor) -> Found:
