@@ -298,7 +298,9 @@ def test_the_official_initialisation_is_xaviers_rule_on_the_tensors_as_stored() 
 
 
 def test_initialise_gives_the_weight_the_spread_asked_for() -> None:
-    for layer in (PHMLinear(64, 96, n=4), PHMLinear(64, 96, n=4, rank=8), PHMLinear(64, 96, n=4, algebra="quaternion")):
+    for options in ({}, {"rank": 8}, {"algebra": "quaternion"}, {"algebra": 5 * drawn(4, 4, 4)}):
+        layer = PHMLinear(64, 96, n=4, **options)
+        assert 0.7 < layer.weight.std() / math.sqrt(2 / (64 + 96)) < 1.4
         layer.initialise(0.02)
         assert 0.7 * 0.02 < layer.weight.std() < 1.4 * 0.02
         assert not layer.bias.any()
@@ -345,14 +347,22 @@ def test_a_kept_weight_is_never_used_where_a_gradient_is_wanted_or_parameters_ar
     layer, x = PHMLinear(8, 8, n=2).eval(), drawn(5, 8)
     with torch.no_grad():
         layer(x)
+        kept = layer.formed()
         zeros = {n: torch.zeros_like(p) for n, p in layer.named_parameters()}
         assert not torch.func.functional_call(layer, zeros, x).any()
         stacked = {n: torch.stack((p, 2 * p)) for n, p in layer.named_parameters()}
         both = torch.vmap(lambda p: torch.func.functional_call(layer, p, x))(stacked)
         torch.testing.assert_close(both[0], layer(x))
-    assert layer(x).requires_grad
-    other = copy.deepcopy(layer)
+        assert layer.formed() is kept, "a stand-in took the place of the kept weight"
+    layer(x).sum().backward()
+    assert layer.F.grad is not None
+    with torch.inference_mode():
+        unversioned = PHMLinear(8, 8, n=2).eval()
+        assert torch.equal(unversioned(x), unversioned(x))
     with torch.no_grad():
+        layer(x)
+        other = copy.deepcopy(layer)
+        assert other._held is None, "a copy need not carry the dense weight"
         other.F.zero_()
         torch.testing.assert_close(other(x), other.bias.expand(5, -1))
 
