@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -27,13 +27,14 @@ class FourierSmoothness(nn.Module):
     """Another objective, plus what high frequencies of the model's Fourier heads cost.
 
     loss = base + gamma * sum over every `FourierHead` in the model of its `penalty`, a mean over all positions that the
-    head saw, padding included. Logs `task` (the base's loss) and `penalty` (without gamma). One forward pass.
+    head saw, padding included. One forward pass. Logs `task` (the base's loss), `penalty` (without gamma) and `heads`, how
+    many ran: 0, and the base alone, for a model that has none, as before a pass puts one there.
 
     Args:
         base: objective of the task at hand, or its recipe node.
         gamma: weight of the penalty, at least 0; the paper's 1e-6 is for bins 4096 and frequencies 550.
     Raises:
-        LaminaError: a negative gamma, or (at the call) a model in which no Fourier head ran.
+        LaminaError: a negative gamma, or (at the call) a model none of whose Fourier heads ran.
     """
 
     needs: ClassVar[Literal["outputs", "model"]] = "model"
@@ -82,10 +83,13 @@ class FourierSmoothness(nn.Module):
         self.base.set_progress(fraction)
 
     def _with_penalty(self, losses: Losses, seen: Seen) -> Losses:
-        if not seen:
-            raise LaminaError("fourier_smoothness: the model has Fourier heads, and none of them ran on this batch")
-        penalty = torch.stack([torch.stack(calls).mean() for calls in seen.values()]).sum()
-        return {**losses, "loss": losses["loss"] + self.gamma * penalty, "penalty": penalty.detach()}
+        found = [torch.stack(calls).mean() for calls in seen.values() if calls]
+        if seen and not found:
+            raise LaminaError(f"fourier_smoothness: none of the Fourier heads ran on this batch: {', '.join(seen)}")
+        loss = losses["loss"]
+        penalty = torch.stack(found).sum() if found else torch.zeros_like(loss)
+        heads = torch.full_like(loss.detach(), len(found))
+        return {**losses, "loss": loss + self.gamma * penalty, "penalty": penalty.detach(), "heads": heads}
 
     @contextmanager
     def _observe(self, model: nn.Module) -> Iterator[None]:
@@ -98,15 +102,10 @@ class FourierSmoothness(nn.Module):
         """Collect the penalty of every call of every Fourier head from the coefficients it computes anyway."""
         root = bare(model)
         paths = [f"{p}.linear".lstrip(".") for p, m in root.named_modules() if isinstance(m, FourierHead)]
-        if not paths:
-            raise LaminaError(
-                f"fourier_smoothness needs a FourierHead in the model, and {type(root).__name__} has none: "
-                "Replace('head', 'fourier_head') puts one there"
-            )
-        seen: Seen = {}
+        seen: Seen = {path: [] for path in paths}
 
         def note(path: str) -> probe.Callback:
-            return lambda module, args, kwargs, output: seen.setdefault(path, []).append(fourier_penalty(output))
+            return lambda module, args, kwargs, output: seen[path].append(fourier_penalty(output))
 
-        with probe.observe(model, {path: note(path) for path in paths}):
+        with probe.observe(model, {path: note(path) for path in paths}) if paths else nullcontext():
             yield seen
