@@ -94,17 +94,17 @@ COUPLINGS = {
 def test_every_start_step_and_solver_ends_at_the_one_fixed_point_of_the_softmax(name: str) -> None:
     torch.manual_seed(0)
     coupling = COUPLINGS[name]()
-    bias, found = scores(2, coupling.blocks.dim), []
+    bias, found = scores(1, coupling.blocks.dim).expand(20, -1), []
     for seed, (solver, alpha) in enumerate(itertools.product(("anderson", "splitting"), ("auto", 0.125))):
         layer = MeanFieldEquilibrium(coupling, alpha, solver, tol=1e-10, max_iter=2000)  # type: ignore[arg-type]
         with torch.no_grad():
-            found += [layer(bias, start=start_of(coupling, 2, 10 * seed + i)) for i in range(5)]
+            found.append(layer(bias, start=start_of(coupling, 20, seed)))
         assert layer.last is not None
         assert layer.last.converged
         assert layer.last.residual <= 1e-10
         assert layer.last.eigenvalues[0] >= coupling.m - 1e-9
-    for q in found[1:]:
-        torch.testing.assert_close(q, found[0], rtol=0, atol=1e-6)
+    answers = torch.cat(found)
+    torch.testing.assert_close(answers, answers[:1].expand_as(answers), rtol=0, atol=1e-6)
     with torch.no_grad():
         again = coupling.blocks.softmax(coupling(found[0]) + bias)
     torch.testing.assert_close(again, found[0], rtol=0, atol=1e-6)
@@ -170,14 +170,13 @@ def test_a_solve_that_does_not_end_says_so() -> None:
     assert layer.last.residual > 1e-10
 
 
-def test_the_automatic_step_is_halved_until_a_solve_ends() -> None:
-    layer = MeanFieldEquilibrium(Attractive(40, -0.5), "auto", "splitting", tol=1e-6, max_iter=30)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        layer(scores(2, 80))
-    first = layer.last
-    assert first is not None
-    assert first.alpha <= 1 / (0.99 * first.eigenvalues[1])
+def test_the_automatic_step_is_halved_while_a_solve_does_not_end() -> None:
+    coupling = dense([4] * 30, 6)
+    layer = MeanFieldEquilibrium(coupling, "auto", "splitting", tol=1e-10, max_iter=5)
+    with pytest.warns(RuntimeWarning, match="after 25 steps"):
+        layer(scores(1, 120))
+    assert layer.last is not None
+    assert layer.last.alpha == pytest.approx(1 / coupling.lipschitz() / 16)
 
 
 def clamped(function: Any, coupling: Any) -> tuple[Any, Any]:
@@ -313,8 +312,8 @@ def test_a_head_starts_as_the_linear_layer_and_learns_past_it() -> None:
     assert head(x[0]).shape == (2,)
     assert head(x.view(4, 16, 6)).shape == (4, 16, 2)
     target = (x[:, 0] * x[:, 1] > 0).long()
-    optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
-    for _ in range(60):
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    for _ in range(40):
         optimizer.zero_grad()
         F.cross_entropy(head(x), target).backward()
         optimizer.step()

@@ -84,6 +84,7 @@ def run(seed: int, device: torch.device) -> Measurement:
     last = trained.model.equilibrium.last
     assert last is not None
     extra = {
+        "logistic_one_mask": logistic(digits, seen, seed, masks=1),
         **{f"rbm_{k}": v for k, v in boltzmann(digits, seen, seed).items()},
         "trained_iterations": float(last.iterations),
         "trained_largest_eigenvalue": last.eigenvalues[1],
@@ -206,10 +207,10 @@ def convergence(seed: int) -> dict[str, float]:
     return {**found, "random_swing_of_plain_updates": float((q - before).abs().max())}
 
 
-def logistic(digits: Digits, seen: Tensor, seed: int) -> float:
-    """Fit logistic regression on (seen pixels, mask), ten masks an image; return its accuracy on the test images."""
+def logistic(digits: Digits, seen: Tensor, seed: int, masks: int = 10) -> float:
+    """Fit logistic regression on (seen pixels, mask), some masks an image; return its accuracy on the test images."""
     linear = require("sklearn.linear_model", "experiments")
-    x = digits.x.repeat(1 if smoke() else 10, 1)
+    x = digits.x.repeat(1 if smoke() else masks, 1)
     mask = draw(x.shape, seed, x.device)
     model = linear.LogisticRegression(max_iter=1000)
     model.fit(_features(x, mask), digits.y.repeat(len(x) // len(digits.x)).cpu().numpy())

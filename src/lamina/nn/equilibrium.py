@@ -50,7 +50,7 @@ class MeanFieldEquilibrium(nn.Module):
     bias (B, dim) -> q (B, dim), a distribution over the states of each variable; the one answer there is where
     I - Phi is positive, however one starts. Solved by forward-backward splitting, its steps mixed by Anderson; the
     gradient comes from the equilibrium itself, so memory does not grow with the iterations. float32 inside, outside
-    autocast. `last` tells how the last solve went.
+    autocast; under torch.compile the solve runs as it is. `last` tells how the last solve went.
 
     Each call looks at the spectrum of I - Phi: where it is not positive the answer need not be unique, and a
     RuntimeWarning says so; another one says where a solve did not end.
