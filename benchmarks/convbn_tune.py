@@ -26,7 +26,7 @@ from benchmarks.harness import Row, pair, write
 from lamina.models import resnet50
 from lamina.rewrite import ConvBN, Fold, rewrite
 
-ROUNDS = 5
+ROUNDS = 3
 SIZES = ((2, 512), (8, 224))
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     for peer, goal in (("deploy", "<= 1.10"), ("eval", "<= 1.10")):
         steps = [step(in_mode(plain, mode), x, y) for mode in ("tune", peer)]
         what = "training step, ResNet-50, batch 2, 224 pixels"
-        rows.append(pair(what, *steps, names=("tune", peer), goal=goal, rounds=15))
+        rows.append(pair(what, *steps, names=("tune", peer), goal=goal, rounds=9, warmup=1))
     rows += [memory(*size, "<= 0.78") for size in SIZES]
     write("convbn_tune", rows)
 

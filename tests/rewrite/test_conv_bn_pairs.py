@@ -194,6 +194,39 @@ def test_a_home_made_model_that_cannot_be_traced_needs_a_batch() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+def test_a_lazy_model_is_not_called_for_the_first_time() -> None:
+    model = nn.Sequential(nn.LazyConv2d(3, 1), nn.BatchNorm2d(3)).eval()
+    with pytest.raises(AnatomyError, match=r"waits for its first batch to know the size of 0\.weight"):
+        ConvBN().decide(model, [{"x": drawn(2, 3, 4, 4)}])
+    with pytest.raises(AnatomyError, match="LazyConv2d has not seen its first batch"):
+        ConvBN().decide(model)
+
+
+class Counting(nn.Dropout):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return super().forward(x)
+
+
+def test_looking_leaves_no_trace() -> None:
+    model = Untraceable(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Counting())).eval()
+    model.inner[0].train()
+    modes, state = [m.training for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert ConvBN().decide(model, [{"x": drawn(2, 3, 4, 4)}]).pairs == (("inner.0", "inner.1"),)
+    assert torch.equal(torch.rand(3), expected), "the random state is put back"
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_a_shared_layer_stays_where_only_parts_can_be_traced() -> None:
     pair = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     inner = nn.ModuleDict({"a": pair, "b": nn.Sequential(pair[0], nn.ReLU())})

@@ -26,11 +26,18 @@ w, mu and sigma of every block were multiplied by 3, which leaves the function a
 demonstration that training the folded weight takes steps 1 / k^2 as large, not the paper's experiment.
 `prediction_error`: of `activation_bytes` on a ResNet-50 at batches 2, 8 and 16, in points of the saving.
 
+What was found: function, gradients, memory, step time and the predictor are as claimed. The demonstration is so in
+direction only: deploy mode ends worse than tune mode on every seed, and a test holds its steps to 1 / k^2 exactly, but
+whether a run of 60 steps at this rate ends at chance hangs on its first steps, in either mode. The bar's two figures
+came out on all seeds in no setting tried: pretrained head kept (this one), a fresh head (two seeds: tune 0.29 and 0.60,
+deploy 0.27 and 0.16), ten outputs (both fail, 2.1), images of mean 0 and deviation 1 (two seeds: tune 0.41 and 0.41,
+deploy 1.40 and 1.58). The setting is the plainest one, and stays.
+
 Limits: nothing is gained while the statistics are learned. The folded weight is kept instead of the map: where maps are
 small and weights large (last stages, batch 1) tune mode takes more memory; `min_ratio` leaves such pairs alone. As
-pretrained here (k about 1.8) deploy mode is not the unstable one: at learning rate 0.01 all modes fail, see the figures
-reported beside. A probe at a paired convolution's path sees its input. Convert to SyncBatchNorm before the pass, not
-after; nn.DataParallel's copies are not supported (DDP and FSDP2 are).
+pretrained here (k about 1.8) both modes may fail at a rate of 0.01 (`failed_...`, reported beside). A probe at a paired
+convolution's path sees its input. Convert to SyncBatchNorm before the pass, not after; nn.DataParallel's copies are
+not supported (DDP and FSDP2 are).
 
 Composes with: every optimizer (states stay), distillation, drop passes in either order, checkpointing, channels_last,
 autocast (folds in float32), torch.compile (whose own pass `efficient_conv_bn_eval_fx_passes` finds the same pairs),
@@ -60,6 +67,7 @@ PARTS = ("pass conv_bn", "pass fold")
 BATCH, PRETRAINING, STEPS, COMPARED, LAST = 64, 100, 60, 50, 5
 SCALE = 3.0
 PIXELS = 224
+CHANCE = 1.5
 
 
 @experiment(
@@ -68,7 +76,7 @@ PIXELS = 224
     bar="difference(ours) <= 1e-6 and saved(ours) / saved(baseline) <= 0.60 and step(ours) / step(baseline) <= 1.10 "
     "and rescaled_loss(ours) <= 0.5 and rescaled_loss(baseline) >= 1.5 and prediction_error(ours) <= 5, 3 seeds",
     seeds=(0, 1, 2),
-    budget="3m",
+    budget="5m",
 )
 def run(seed: int, device: torch.device) -> Measurement:
     """Fine-tune one pretrained net in every mode; measure losses, bytes, time, and the memory predictor."""
@@ -76,14 +84,14 @@ def run(seed: int, device: torch.device) -> Measurement:
     pretrained = pretrain(network(seed).to(device), old, seed)
     wide = rescaled(pretrained)
     extra: dict[str, float] = {}
-    for rate in (0.001, 0.01):
-        for name, model in modes(pretrained).items():
-            extra[f"loss_{name}_{rate:g}"] = last_loss(fine_tune(model, new, rate, seed))
-    losses = {
-        name: fine_tune(m, _double(new), 0.001, seed)[:COMPARED]
-        for name, m in modes(copy.deepcopy(pretrained).double()).items()
-    }
-    difference = max(abs(a - b) for a, b in zip(losses["tune"], losses["eval"], strict=True))
+    for name in ("tune", "deploy"):
+        extra[f"loss_{name}_0.001"] = last_loss(fine_tune(modes(pretrained)[name], new, 0.001, seed))
+        end = last_loss(fine_tune(modes(pretrained)[name], new, 0.01, seed))
+        # At chance (ln 5), or not a number.
+        extra[f"failed_{name}_0.01"] = float(not end < CHANCE)
+    exact = modes(copy.deepcopy(pretrained).double())
+    tune, evaluation = (fine_tune(exact[name], _double(new), 0.001, seed)[:COMPARED] for name in ("tune", "eval"))
+    difference = max(abs(a - b) for a, b in zip(tune, evaluation, strict=True))
     ends = {name: last_loss(fine_tune(model, new, 0.01, seed)) for name, model in modes(wide).items()}
     extra["rescaled_loss_eval"] = ends["eval"]
     arms = modes(wide)
@@ -149,13 +157,8 @@ def load_digits(device: torch.device) -> tuple[Digits, Digits]:
 
 
 def pretrain(model: nn.Module, digits: Digits, seed: int) -> nn.Module:
-    """Train 100 steps of SGD, rate 0.05, momentum 0.9; then give the net a new head."""
-    model.train()
-    train(model, digits, 0.05, 10 if smoke() else PRETRAINING, seed)
-    head = model[-1]  # type: ignore[index]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + 100)
-        head.reset_parameters()
+    """Train 100 steps of SGD, rate 0.05, momentum 0.9."""
+    train(model.train(), digits, 0.05, 10 if smoke() else PRETRAINING, seed)
     return model
 
 
@@ -203,7 +206,7 @@ def step_milliseconds(ours: nn.Module, peer: nn.Module, digits: Digits) -> tuple
     """Time training steps of two models in turn; return the median milliseconds of each."""
     times: tuple[list[float], list[float]] = ([], [])
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-4, momentum=0.9) for m in (ours, peer)]
-    for turn, (x, y) in enumerate(_batches(digits, 10 if smoke() else 60, 0)):
+    for turn, (x, y) in enumerate(_batches(digits, 5 if smoke() else 40, 0)):
         for which in (0, 1) if turn % 2 else (1, 0):
             start = time.perf_counter()
             optimizers[which].zero_grad()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from lamina.anatomy import get
 from lamina.batches import Batch
@@ -26,7 +26,6 @@ _BEFORE: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     nn.SyncBatchNorm: tuple(LAYERS),
     TokenBatchNorm: (nn.Linear,),
 }
-_LAZY = (UninitializedParameter, UninitializedBuffer)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def find_pairs(model: nn.Module, data: Iterable[Batch] | None = None, match: str
     in those parts of the model that can be traced.
 
     Raises:
-        AnatomyError: there is no batch norm, or none at such a path.
+        AnatomyError: there is no batch norm, or none at such a path; or a pass over data would be a lazy model's first.
     """
     known = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
     norms = {path: m for path, m in known.items() if match is None or fnmatch.fnmatchcase(path, match)}
@@ -55,6 +54,11 @@ def find_pairs(model: nn.Module, data: Iterable[Batch] | None = None, match: str
     if not norms:
         raise AnatomyError(
             f"no batch norm of {type(model).__name__} stands at a path like {match!r}; they are at {', '.join(known)}"
+        )
+    lazy = [path for path, p in model.named_parameters() if is_lazy(p)]
+    if lazy and data is not None:
+        raise AnatomyError(
+            f"{type(model).__name__} waits for its first batch to know the size of {lazy[0]}: call it once"
         )
     found = _in_blocks(model, norms)
     skipped = {path: reason for path, m in norms.items() if (reason := norm_reason(m))}
@@ -80,7 +84,7 @@ def norm_reason(norm: nn.Module) -> str:
     name = type(norm).__name__
     if isinstance(norm, ConvBNBlock):
         return ""
-    if any(isinstance(t, _LAZY) for t in (*norm.parameters(), *norm.buffers())):
+    if any(is_lazy(t) for t in (*norm.parameters(), *norm.buffers())):
         return f"{name} has not seen its first batch"
     if type(norm) not in NORMS:
         return f"{name} is a class of its own, which may compute something else"
@@ -120,7 +124,7 @@ def _use_reason(path: str, layer_path: str, call: Call, layer_calls: list[Call])
 
 def _layer_reason(layer: nn.Module) -> str:
     name = type(layer).__name__
-    if any(isinstance(t, _LAZY) for t in layer.parameters()):
+    if any(is_lazy(t) for t in layer.parameters()):
         return f"{name} has not seen its first batch"
     if hasattr(layer, "parametrizations"):
         return "its weight has a parametrization: fold that first"

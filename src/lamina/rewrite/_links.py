@@ -11,13 +11,14 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamina import probe
@@ -53,7 +54,7 @@ def links_on_symbols(model: nn.Module, watched: Collection[str]) -> tuple[Links,
     Returns the links and whether the whole model was traced. A part shows what happens inside of it alone.
     """
     wanted = set(watched)
-    with undisturbed(model), torch.random.fork_rng(devices=[]):
+    with _unmoved(model), undisturbed(model):
         whole = _traced(model, wanted, "")
         if whole is not None:
             return whole, True
@@ -65,13 +66,8 @@ def links_of_run(model: nn.Module, batch: Batch, watched: Collection[str]) -> Li
 
     Without gradients; buffers and the random state are put back.
     """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            return _merged(*(watch(model, batch, watched, training=training) for training in (False, True)))
-    finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+    with _unmoved(model):
+        return _merged(*(watch(model, batch, watched, training=training) for training in (False, True)))
 
 
 def watch(model: nn.Module, batch: Batch, watched: Collection[str], *, training: bool = False) -> Links:
@@ -85,10 +81,23 @@ def watch(model: nn.Module, batch: Batch, watched: Collection[str], *, training:
     after = {path: functools.partial(watcher.ends, path) for path in watched}
     with undisturbed(model), torch.no_grad(), probe.observe(model, after, before):
         _pretend(model, training)
-        with watcher, _Functions(watcher):
+        with watcher:
             result = call(model, batch)
     watcher.note(result, RESULT)
     return watcher.links
+
+
+@contextmanager
+def _unmoved(model: nn.Module) -> Iterator[None]:
+    """Put back buffers that change in place (a forward may count its calls, in a trace too) and the random state."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
 
 
 def _pretend(model: nn.Module, training: bool) -> None:
@@ -199,7 +208,7 @@ class _Watcher(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.used((args, kwargs), str(func.overloadpacket.__name__))
+        self.note((args, kwargs), self.inside[-1] if self.inside else str(func.overloadpacket.__name__))
         return func(*args, **(kwargs or {}))
 
     def starts(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -220,33 +229,12 @@ class _Watcher(TorchDispatchMode):
             # A module that returns its input made nothing: who reads it reads what came before.
             self.made.setdefault(id(output), last)
 
-    def used(self, value: Any, name: str) -> None:
-        """Note an operation under the name of the watched module it happens in, else under its own."""
-        self.note(value, self.inside[-1] if self.inside else name)
-
     def note(self, value: Any, reader: str) -> None:
         """Count a reader once per call, however many operations it takes."""
         for tensor in _tensors(value):
             made = self.made.get(id(tensor))
             if made is not None and made.output is tensor and reader not in made.readers:
                 made.readers.append(reader)
-
-
-class _Functions(TorchFunctionMode):
-    """Sees calls that may turn out to be no operation: `F.dropout` in evaluation returns its input."""
-
-    def __init__(self, watcher: _Watcher) -> None:
-        super().__init__()
-        self.watcher = watcher
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # Sizes, devices and types are no use of the values.
-        if any(True for _ in _tensors(result)):
-            self.watcher.used((args, kwargs), getattr(func, "__name__", str(func)))
-        return result
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
