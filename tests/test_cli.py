@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import lamina
 from lamina import cli, registry
 from lamina.data.examples import Columns, Data
 from lamina.io import load, save
+from lamina.models import Transformer, VisionTransformer
 from lamina.recipe import Recipe
 from lamina.registry import register
 
@@ -298,6 +300,20 @@ def test_rewrite_saves_and_a_dry_run_does_not(tmp_path: Path, capsys: pytest.Cap
     rewritten = load(tmp_path / "after")
     assert torch.equal(rewritten.blocks[0].weight, model.blocks[0].weight)
     assert len(rewritten.blocks) == 1
+
+
+def test_a_language_model_is_shown_library_text_and_a_vision_model_needs_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(Transformer(3, 16, 2, vocabulary=256, context=32), tmp_path / "text")
+    save(VisionTransformer(8, 4, 2, 16, 2), tmp_path / "images")
+    words = ("{name: drop_attention, count: 1}", "--dry-run")
+    run("rewrite", str(tmp_path / "text"), *words)
+    printed = capsys.readouterr().out
+    assert re.search(r"^block attention +mlp +block +goes$", printed, re.MULTILINE)
+    assert re.search(r"^key-value cache: 128 bytes less per token and sequence$", printed, re.MULTILINE)
+    assert re.search(r"^parameters: .* fewer\)\nspeed-up .*x$", printed, re.MULTILINE)
+    assert "(--data on the command line)" in refused(capsys, "rewrite", str(tmp_path / "images"), *words)
 
 
 def test_methods_and_reproduce_pass_their_options_on(monkeypatch: pytest.MonkeyPatch) -> None:

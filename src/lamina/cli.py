@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,7 +81,10 @@ def rewrite_command(
     model: Annotated[Path, typer.Argument(help="Folder saved by Lamina or by transformers.")],
     passes: Annotated[list[str], typer.Argument(metavar="PASS...", help="drop_block or '{name: ..., count: 2}'")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the decisions, save nothing.")] = False,
-    data: Annotated[str | None, typer.Option(help="Data node for passes that look at activations.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data node for passes that look at activations; a language model is shown library text."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the rewritten model.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -96,7 +99,7 @@ def rewrite_command(
     built = [build(_node(text, "PASS"), "pass", f"PASS {i}") for i, text in enumerate(passes, 1)]
     check_order(built)
     loaded = load(model)
-    batches = None if data is None else _calibration(build(_node(data, "--data"), "data", "--data"))
+    batches = _standard(loaded, model) if data is None else _calibration(build(_node(data, "--data"), "data", "--data"))
     for text, one in zip(passes, built, strict=True):
         decision = one.decide(loaded, batches)
         _show_decision(text, decision)
@@ -172,6 +175,25 @@ def _node(text: str, what: str) -> Any:
     from lamina.recipe._yaml import read
 
     return read(text, what)[0]
+
+
+def _standard(model: nn.Module, folder: Path) -> Iterable[Mapping[str, Any]] | None:
+    """Return text of the standard library for a language model that can read it, else None."""
+    import inspect
+
+    from lamina.anatomy import describe
+    from lamina.data.calibration import standard_text
+    from lamina.errors import AnatomyError
+
+    taken = inspect.signature(model.forward).parameters
+    if "input_ids" not in taken or not {"decoder_input_ids", "pixel_values"}.isdisjoint(taken):
+        # Text alone is not what it reads.
+        return None
+    try:
+        shape = describe(model)
+    except AnatomyError:
+        return None
+    return standard_text(folder, vocabulary=shape.vocabulary, context=shape.context)
 
 
 def _calibration(data: Any, count: int = 8) -> list[Mapping[str, Any]]:
