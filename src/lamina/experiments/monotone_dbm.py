@@ -255,12 +255,13 @@ def picture(seed: int, device: torch.device) -> Figure:
     first = [int((digits.test_y == c).nonzero()[0, 0]) for c in range(10)]
     x, seen = digits.test_x[first], draw(digits.test_x.shape, seed + 1000, device)[first]
     with torch.no_grad():
-        found = model.infer({"pixel": x}, {"pixel": seen})
-        alone = model.infer({"label": torch.arange(10, device=device)})["pixel"][..., 1]
+        # As trained: with the learned temperatures, without which a mean field is too unsure of itself.
+        found = model.logits({"pixel": x}, {"pixel": seen})
+        alone = model.logits({"label": torch.arange(10, device=device)})["pixel"].softmax(-1)[..., 1]
     shown: list[tuple[str, Tensor]] = [
         ("image", x.float()),
         ("seen", torch.where(seen, x.float(), torch.nan)),
-        ("completed", found["pixel"][..., 1]),
+        ("completed", torch.where(seen, x.float(), found["pixel"].softmax(-1)[..., 1])),
         ("class alone", alone),
     ]
     drawing = Figure(figsize=(8.0, 3.6), layout="constrained")
