@@ -61,14 +61,12 @@ def variance_of_batch(x: Tensor, sync: bool = False) -> Tensor:
     dims = (0, *range(2, x.dim()))
     if not sync:
         return torch.var(x, dims, correction=0)
-    from torch.distributed.nn.functional import all_reduce
-
     variance, mean = torch.var_mean(x, dims, correction=0)
     # Processes may hold batches of unequal size; no mean square is subtracted from another.
     count = x.new_tensor([x.numel() // x.shape[1]])
-    sums = all_reduce(torch.cat([count, count * mean]))
+    sums = _Sum.apply(torch.cat([count, count * mean]))
     total = sums[:1]
-    shared: Tensor = all_reduce(count * (variance + (mean - sums[1:] / total).square())) / total
+    shared: Tensor = _Sum.apply(count * (variance + (mean - sums[1:] / total).square())) / total
     return shared
 
 
@@ -121,3 +119,17 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         pull = torch.func.vjp(ctx.formula, *ctx.saved_tensors)[1]
         return None, *pull(gradients if len(gradients) > 1 else gradients[0])
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _Sum.apply(gradients[0])

@@ -97,7 +97,7 @@ class EvoNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate (N, C, *positions)."""
         self._check(x)
-        if not self.nonlinearity:
+        if not self.nonlinearity or x.shape[0] == 0:
             shape = (-1, *[1] * (x.dim() - 2))
             return (x * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
         learns = self.training and self.running_var is not None
@@ -126,8 +126,10 @@ class EvoNorm(nn.Module):
     def _follow(self, variance: Tensor, x: Tensor) -> None:
         assert self.running_var is not None
         if self.unbiased_running_var:
-            count = x.numel() // self.num_features * _processes(self.sync)
-            variance = variance * (count / (count - 1))
+            count = variance.new_tensor([x.numel() // self.num_features])
+            if _processes(self.sync) > 1:
+                torch.distributed.all_reduce(count)
+            variance = variance * count / (count - 1)
         with torch.no_grad():
             self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 
@@ -212,8 +214,12 @@ def normalize_and_activate(
         weight, bias, v1: (C,); v1 of B0 and S0, None = 1.
         batch_variance: (C,), used instead of the batch's own (B variants in evaluation).
         sync: the batch is that of all processes.
+    Raises:
+        LaminaError: an unknown variant. ShapeError: groups below 1.
     """
     _check_variant(variant)
+    if groups < 1:
+        raise ShapeError(f"normalize_and_activate needs groups of at least 1, got {groups}")
     tensors = {"x": x, "weight": weight, "bias": bias, "v1": v1, "batch_variance": batch_variance}
     given: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     settings: dict[str, Any] = {"variant": variant, "groups": channel_groups(x.shape[1], groups), "eps": eps}
