@@ -1087,3 +1087,36 @@ def test_heads_of_a_query_cut_in_low_rank() -> None:
     ranks = {"kv_lora_rank": 8, "q_lora_rank": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8}
     found = describe(hf("DeepseekV3ForCausalLM", "DeepseekV3Config", **{**GROUPED, "num_key_value_heads": 4}, **ranks))
     assert (found.heads, found.head_width) == (4, 12)
+
+
+def test_a_sum_in_place_is_a_sum() -> None:
+    class InPlace(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.mixer(self.norm1(x))
+            out += x
+            last = self.feed_forward(self.norm2(out))
+            last.add_(out)
+            return last
+
+    class Changing(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.mixer(self.norm1(x))
+            x += self.feed_forward(self.norm2(x))
+            return x
+
+    want = [spell("blocks.0", s) for s in dissect(Net(Block)).trunk().blocks[0].sublayers]
+    for kind in (InPlace, Changing):
+        net = Net(kind)
+        assert [spell("blocks.0", s) for s in dissect(net).trunk().blocks[0].sublayers] == want
+        assert dissect(net, batch("pre")) == dissect(net)
+
+
+def test_parts_of_a_list_that_add_the_residual_say_so() -> None:
+    net = Net(Block, 2)
+    net.blocks = nn.ModuleList(
+        nn.ModuleList([Wrapped(Attention(), True), Wrapped(feed_forward(), True)]) for _ in range(2)
+    )
+    assert [(s.kind, s.place, s.residual_inside) for s in dissect(net).trunk().blocks[1].sublayers] == [
+        ("attention", "pre", True),
+        ("mlp", "pre", True),
+    ]

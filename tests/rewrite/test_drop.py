@@ -771,6 +771,11 @@ def test_residual_convolutions_lose_blocks_of_equal_shape_only() -> None:
         ({"keep": 1.2}, "0 < keep <= 1"),
         ({"count": 1, "order": "consecutive"}, "consecutive"),
         ({"count": 1, "protect": [-1]}, "protect"),
+        ({"count": 1, "protect": 1}, "protect is a list of block indices, not negative, got 1"),
+        ({"count": 1.5}, "count must be a whole number, not negative, got 1.5"),
+        ({"count": "2"}, "count must be a whole number, not negative, got '2'"),
+        ({"keep": "0.5"}, "0 < keep <= 1, got '0.5'"),
+        ({"count": 1, "samples": 0.5}, "samples must be a whole number, at least 1, got 0.5"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
@@ -790,6 +795,8 @@ def test_bad_models_and_data(caplog: pytest.LogCaptureFixture) -> None:
         DropAttention(4).decide(model, batches())
     with pytest.raises(LaminaError, match="only 1 of 4 can go"):
         DropAttention(2, protect=[0, 1, 2]).decide(model, batches())
+    with pytest.raises(LaminaError, match=r"cannot protect \[9\]: model.layers has blocks 0\.\.3"):
+        DropAttention(1, protect=[0, 9], order="last").decide(model)
     with pytest.raises(LaminaError, match="without attention"):
         rewrite(model, Given(DropDecision(attention=(0, 1, 2, 3))))
     with pytest.raises(AnatomyError, match=r"blocks 0\.\.3"):
@@ -853,3 +860,172 @@ def test_tuples_are_read_off_the_source() -> None:
 
 def test_similarity_is_plain_data() -> None:
     assert Similarity((0.5,), (None,), (0.5,)).tokens == 0
+
+
+class InPlace(PlainBlock):
+    """Adds to the stream itself, as many home-made models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.attention(x)
+        out = self.down(torch.relu(self.up(x)))
+        out.add_(x)
+        return out
+
+
+def with_blocks(kind: type[PlainBlock]) -> nn.Module:
+    torch.manual_seed(0)
+    model = spread(Plain(0.5, quarter_turn(), -0.3))
+    for i, block in enumerate(list(model.layers)):
+        model.layers[i] = kind(block.attention.turn)
+        model.layers[i].load_state_dict(block.state_dict())
+    return model.eval()
+
+
+def test_a_stream_changed_in_place_has_the_same_scores_and_can_lose_parts() -> None:
+    data = [{"inputs": torch.randn(2, 5, 4)}, {"inputs": torch.randn(3, 5, 4)}]
+    want, got = (DropSublayers(2).decide(with_blocks(kind), copy.deepcopy(data)) for kind in (PlainBlock, InPlace))
+    assert got.scores == want.scores
+    with torch.inference_mode():
+        assert DropSublayers(2).decide(with_blocks(InPlace), copy.deepcopy(data)).scores == want.scores
+    plain, changed = (rewrite(with_blocks(kind), Given(want)).train() for kind in (PlainBlock, InPlace))
+    torch.testing.assert_close(changed(torch.ones(1, 2, 4)), plain(torch.ones(1, 2, 4)))
+    model = with_blocks(InPlace)
+    assert anatomy.dissect(model, {"inputs": torch.randn(2, 5, 4)}) == anatomy.dissect(model)
+
+
+def olmo2() -> nn.Module:
+    return spread(transformers.Olmo2ForCausalLM(transformers.Olmo2Config(num_hidden_layers=3, **SIZES)))
+
+
+def test_a_norm_behind_the_branch_does_not_hide_where_the_branch_begins() -> None:
+    model = olmo2()
+    found = similarity(model, anatomy.dissect(model).trunk(), batches())
+    seen: list[Tensor] = []
+    block = model.model.layers[1]
+    block.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    block.post_attention_layernorm.register_forward_hook(lambda m, args, out: seen.append(out))
+    scores = []
+    with torch.no_grad():
+        for batch in batches():
+            seen.clear()
+            model(**batch)
+            branch, x = seen
+            scores.append(F.cosine_similarity(x, x + branch, dim=-1).mean())
+    assert found.attention[1] == pytest.approx(float(sum(scores)) / 2, abs=1e-5)
+
+
+def test_what_stands_ahead_of_the_first_sublayer_is_not_scored_with_it() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.randn(4, 4))
+            self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + x @ self.mix
+            return x + self.down(torch.relu(self.up(self.norm(x))))
+
+    model = nn.Sequential(Bare(), Bare())
+    nn.init.zeros_(model[0].down.weight)
+    nn.init.zeros_(model[0].down.bias)
+    found = similarity(model, anatomy.dissect(model).trunk(), [{"inputs": torch.randn(2, 5, 4)}])
+    assert found.mlp[0] == pytest.approx(1.0)
+    assert found.block[0] < 0.99
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_blocks_that_are_lists_of_parts_are_scored(inside: bool) -> None:
+    class Part(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.norm, self.inner = nn.LayerNorm(4), inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.norm(x)) + x if inside else self.inner(self.norm(x))
+
+    class Lists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            feed = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3)]
+            self.layers = nn.ModuleList(nn.ModuleList([Part(Branch(t)), Part(f)]) for t, f in enumerate(feed))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for attention, feed in self.layers:
+                x = attention(x) if inside else attention(x) + x
+                x = feed(x) if inside else feed(x) + x
+            return x
+
+    torch.manual_seed(0)
+    model, x = Lists(), torch.randn(2, 5, 4)
+    found = similarity(model, anatomy.dissect(model).trunk(), [{"inputs": x}])
+    with torch.no_grad():
+        for i, (attention, feed) in enumerate(model.layers):
+            middle = attention(x) if inside else attention(x) + x
+            after = feed(middle) if inside else feed(middle) + middle
+            for scores, one, two in ((found.attention, x, middle), (found.mlp, middle, after), (found.block, x, after)):
+                assert scores[i] == pytest.approx(float(F.cosine_similarity(one, two, dim=-1).mean()), abs=1e-6)
+            x = after
+        without = x = torch.randn(2, 5, 4)
+        for i, (attention, feed) in enumerate(model.layers):
+            if i != 1:
+                without = attention(without) if inside else attention(without) + without
+            without = feed(without) if inside else feed(without) + without
+        dropped = rewrite(model, Given(DropDecision(attention=(1,))))
+        torch.testing.assert_close(dropped(x), without)
+
+
+def test_experts_go_with_the_shared_one_and_windows_with_their_norm() -> None:
+    sizes = {"num_experts": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1}
+    config = transformers.Qwen2MoeConfig(
+        num_hidden_layers=2, num_key_value_heads=2, shared_expert_intermediate_size=16, **sizes, **SIZES
+    )
+    moe = rewrite(spread(transformers.Qwen2MoeForCausalLM(config)), DropMLP(1, order="last"))
+    assert not [n for n, _ in moe.named_parameters() if n.startswith("model.layers.1.mlp")]
+    config = transformers.Swinv2Config(
+        embed_dim=8, depths=[2], num_heads=[2], window_size=4, image_size=16, patch_size=2
+    )
+    swin = rewrite(spread(transformers.Swinv2Model(config)), DropAttention(1, order="last"))
+    assert swin(pixel_values=torch.randn(1, 3, 16, 16)).last_hidden_state.isfinite().all()
+
+
+def test_a_block_at_several_places_cannot_lose_a_part_at_one() -> None:
+    model = Plain(0.5, 0.1)
+    model.layers = nn.ModuleList([*model.layers, *model.layers])
+    data = [{"inputs": torch.randn(2, 5, 4)}]
+    for one in (DropAttention(1), DropMLP(1, order="last"), DropBlock(1)):
+        with pytest.raises(AnatomyError, match=r"blocks \[0, 2\] of layers are one module"):
+            one.decide(model, data)
+    with pytest.raises(AnatomyError, match=r"blocks \[1, 3\] of layers are one module"):
+        rewrite(model, Given(DropDecision(attention=(3,))))
+    assert len(rewrite(model, DropBlock(1, order="last")).layers) == 3
+
+
+def test_tables_that_others_use_stay_whoever_decides() -> None:
+    for gone in ({"attention": (0,)}, {"blocks": (0,)}):
+        with pytest.raises(AnatomyError, match=r"blocks \[0\] of decoder.block holds tables that all others use"):
+            rewrite(t5(), Given(DropDecision("decoder.block", **gone)))
+
+
+def test_iterations_of_a_shared_block_are_told() -> None:
+    config = transformers.AlbertConfig(num_hidden_layers=6, embedding_size=8, **SIZES)
+    decision = DropBlock(2).decide(transformers.AlbertModel(config))
+    assert decision.table().endswith("the blocks share their weights and run 4 of 6 times")
+
+
+@pytest.mark.parametrize(
+    ("data", "given"),
+    [(torch.zeros(2, 4), "a Tensor"), ([torch.zeros(2, 4)], "a Tensor in it"), ({"input_ids": tokens()}, "a dict")],
+)
+def test_data_that_is_no_iterable_of_batches(data: object, given: str) -> None:
+    with pytest.raises(LaminaError, match=rf"an iterable of batches, each a mapping of names .* got {given}$"):
+        DropAttention(1).decide(llama(), data)  # type: ignore[arg-type]
+
+
+def test_only_what_has_a_row_each_is_cut_and_empty_batches_are_passed_over() -> None:
+    places = torch.arange(9)[None]
+    batch = {"input_ids": tokens(6), "position_ids": places}
+    model = llama()
+    got = DropAttention(1, samples=2).decide(model, [{"input_ids": tokens(0)}, batch])
+    assert got.scores == DropAttention(1).decide(model, [{"input_ids": tokens(6)[:2]}]).scores
+    with pytest.raises(LaminaError, match=r"is empty.*an iterator is used up after one pass"):
+        rewrite(llama(), DropAttention(1), DropMLP(1), data=iter(batches()))

@@ -37,12 +37,19 @@ def trace(model: nn.Module, batch: Batch, paths: set[str]) -> list[Call]:
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         for path in paths:
+            given: list[Tensor | None] = []
 
-            def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-                # Copies, for a later operation in place would change what was seen.
-                calls.append(Call(path, _copy(_first((*args, *kwargs.values()))), _copy(_first((output,)))))
+            # Copies, for a later operation in place would change what was seen; blocks do it to their own input.
+            def before(module: nn.Module, args: Any, kwargs: Any, given: list[Tensor | None] = given) -> None:
+                given.append(_copy(_first((*args, *kwargs.values()))))
 
-            undo.callback(get(model, path).register_forward_hook(note, with_kwargs=True).remove)
+            def after(
+                module: nn.Module, args: Any, output: Any, path: str = path, given: list[Tensor | None] = given
+            ) -> None:
+                calls.append(Call(path, given.pop(), _copy(_first((output,)))))
+
+            undo.callback(get(model, path).register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(get(model, path).register_forward_hook(after).remove)
         call(model, batch)
     return calls
 

@@ -184,6 +184,9 @@ class _Reader:
                 self.values[node] = self._module(node)
             elif node.op in ("call_function", "call_method"):
                 self.values[node] = self._function(node)
+                if _is_change(node):
+                    # `y.add_(x)`: what reads y from here on reads the sum.
+                    self.values[node.args[0]] = self.values[node]
             elif node.op == "output":
                 output = self._first(node)
         residual = bool(self.branches)
@@ -306,7 +309,12 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
         if node not in live:
             live.add(node)
             waiting.extend(node.all_input_nodes)
+            waiting.extend(u for u in node.users if _is_change(u) and u.args[0] is node)
     return live
+
+
+def _is_change(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "add_" and isinstance(node.args[0], fx.Node)
 
 
 def _memory(node: fx.Node) -> _Value | None:

@@ -119,6 +119,12 @@ def _is_feed_forward(module: nn.Module) -> bool:
     return sizes[0][0] == sizes[-1][1] != sizes[0][1] and sizes[-1][0] in (sizes[0][1], sizes[0][1] // 2)
 
 
+def _adding(block: nn.Module, part: str) -> Branch | None:
+    """Return the one branch of a part that adds its own input to it, else None."""
+    flow = flow_of(block.get_submodule(part))
+    return flow.branches[0] if flow is not None and flow.residual and len(flow.branches) == 1 else None
+
+
 def _listed_sublayers(path: str, block: nn.Module) -> tuple[Sublayer, ...]:
     """Read a block that cannot run on symbols by what it lists: attentions, feed-forwards, and a norm for each."""
     found = dict(attentions(block))
@@ -134,6 +140,10 @@ def _listed_sublayers(path: str, block: nn.Module) -> tuple[Sublayer, ...]:
         outside = [n for n in norms if not any(is_inside(n, p) for p in names)]
         mine = within or (outside[index : index + 1] if len(outside) == len(names) else [])
         place: NormPlace = ("pre" if getattr(block, "norm_first", True) else "post") if mine else "none"
+        alone = _adding(block, parts[0])
+        if alone is not None:
+            inside, place = _norms(block.get_submodule(parts[0]), alone)
+            mine = [join(parts[0], n) for n in inside]
         sublayers.append(
             Sublayer(
                 kind="attention" if is_attention(found[name]) else "mlp",
@@ -142,7 +152,7 @@ def _listed_sublayers(path: str, block: nn.Module) -> tuple[Sublayer, ...]:
                 norms=tuple(join(path, n) for n in mine),
                 place=place,
                 returns="tuple" if isinstance(found[name], nn.MultiheadAttention) else "tensor",
-                residual_inside=False,
+                residual_inside=alone is not None,
             )
         )
     return tuple(sublayers)

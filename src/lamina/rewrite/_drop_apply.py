@@ -65,7 +65,11 @@ class DropDecision:
             return []
         gone, total = self.saving.parameters, self.saving.total
         lines = [f"parameters: {total:,} -> {total - gone:,} ({gone / max(total, 1):.1%} fewer)"]
-        if gone < total:
+        if not gone and self.blocks:
+            lines.append(
+                f"the blocks share their weights and run {self.depth - len(self.blocks)} of {self.depth} times"
+            )
+        elif gone < total:
             lines.append(f"speed-up where reading the weights is the cost: about {total / (total - gone):.2f}x")
         if self.saving.cache_bytes:
             lines.append(f"key-value cache: {self.saving.cache_bytes:,} bytes less per token and sequence")
@@ -133,6 +137,12 @@ def check(model: nn.Module, trunk: Trunk, decision: DropDecision) -> None:
         missing = [i for i in chosen if trunk.blocks[i].find(kind) is None]
         if missing:
             raise AnatomyError(f"blocks {missing} of {trunk.path} have no {kind} that can be dropped")
+        refuse_shared(model, trunk, chosen)
+    lending = lenders(model, trunk) & {*decision.attention, *decision.blocks}
+    if lending:
+        raise AnatomyError(
+            f"the attention of blocks {sorted(lending)} of {trunk.path} holds tables that all others use: it must stay"
+        )
     if len(decision.blocks) >= limit:
         raise LaminaError(f"{trunk.path} has {limit} blocks: one must stay, cannot drop {len(decision.blocks)}")
     _check_attention(model, trunk, decision)
@@ -144,6 +154,33 @@ def shared_weights(trunk: Trunk, kind: str) -> str:
         f"{trunk.path} runs the same weights {trunk.repeats} times, so its {kind} cannot be dropped from some "
         "blocks only; drop_block runs it fewer times"
     )
+
+
+def refuse_shared(model: nn.Module, trunk: Trunk, chosen: Iterable[int]) -> None:
+    """Refuse to take a part out of a block that stands at several places: it would be gone at each.
+
+    Raises:
+        AnatomyError: names the places.
+    """
+    modules = [id(get(model, block.path)) for block in trunk.blocks]
+    for index in chosen:
+        places = [i for i, module in enumerate(modules) if module == modules[index]]
+        if len(places) > 1:
+            raise AnatomyError(
+                f"blocks {places} of {trunk.path} are one module, so they can only be told apart as whole blocks: "
+                "drop_block with order='first', 'last' or 'random' takes them out of the list"
+            )
+
+
+def lenders(model: nn.Module, trunk: Trunk) -> set[int]:
+    """Blocks whose attention holds a lookup table the others lack: T5's first computes the position bias of all."""
+    tables = []
+    for block in trunk.blocks:
+        sublayer = block.find("attention")
+        modules = () if sublayer is None else get(model, sublayer.path).named_modules()
+        tables.append({name for name, m in modules if isinstance(m, nn.Embedding)})
+    others = [set().union(*tables[:i], *tables[i + 1 :]) for i in range(len(tables))]
+    return {i for i, own in enumerate(tables) if own - others[i]}
 
 
 def slots(types: Sequence[str], survivors: Iterable[int]) -> dict[int, int]:

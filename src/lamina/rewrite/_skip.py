@@ -39,22 +39,21 @@ class Skip(nn.Module):
 class SkipBranch(nn.Module):
     """Returns zeros of its first tensor's shape, for a block that adds what its branch returns.
 
-    Args:
-        writable: the block adds to them in place (Falcon's parallel branches do); else they take no memory.
+    Zeros of their own, not one that is expanded: a block may write into them (Falcon adds its branches in place, others
+    have an in-place dropout).
     """
 
     # torch.nn.TransformerEncoderLayer reads it: without a bias it takes no fused path.
     in_proj_bias: Tensor | None = None
 
-    def __init__(self, *, rest: Rest | None = None, batch_first: bool = True, writable: bool = False) -> None:
+    def __init__(self, *, rest: Rest | None = None, batch_first: bool = True) -> None:
         super().__init__()
-        self.rest, self.batch_first, self.writable = rest, batch_first, writable
+        self.rest, self.batch_first = rest, batch_first
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros."""
         x = _first(args, kwargs)
-        zeros = torch.zeros_like(x) if self.writable else x.new_zeros(()).expand_as(x)
-        return _filled(zeros, self.rest, args, kwargs)
+        return _filled(torch.zeros_like(x), self.rest, args, kwargs)
 
 
 def skip_sublayer(model: nn.Module, block: Block, sublayer: Sublayer, *, keep_norm: bool) -> None:
@@ -77,12 +76,9 @@ def skip_sublayer(model: nn.Module, block: Block, sublayer: Sublayer, *, keep_no
         norm = get(model, kept[0]) if kept else None
         _put(model, last, Skip(norm, rest=_rest(model, sublayer, last)))
     else:
-        inside = get(model, block.path).modules()
-        writable = block.parallel or any(isinstance(m, SkipBranch) and m.writable for m in inside)
         for part in sublayer.parts:
             order = bool(getattr(get(model, part), "batch_first", True))
-            stub = SkipBranch(rest=_rest(model, sublayer, part), batch_first=order, writable=writable)
-            _put(model, part, stub)
+            _put(model, part, SkipBranch(rest=_rest(model, sublayer, part), batch_first=order))
     for norm_path in outside - set(kept):
         _put(model, norm_path, Skip())
     _leave_fused_path(model, block)

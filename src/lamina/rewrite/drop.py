@@ -16,14 +16,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from lamina.anatomy import Trunk, describe, get
+from lamina.anatomy import Trunk, describe
 from lamina.batches import Batch, bare
 from lamina.errors import AnatomyError, LaminaError
 from lamina.lineage import Lineage
 from lamina.registry import register
 from lamina.rewrite._drop_apply import DropDecision as DropDecision
 from lamina.rewrite._drop_apply import Saving as Saving
-from lamina.rewrite._drop_apply import carry_out, find_trunk, shared_weights
+from lamina.rewrite._drop_apply import carry_out, find_trunk, lenders, refuse_shared, shared_weights
 from lamina.rewrite._drop_official import import_official as import_official
 from lamina.rewrite._drop_official import load_official as load_official
 from lamina.rewrite.rewriting import Pass, pass_name
@@ -78,23 +78,23 @@ class Drop:
         name = type(self).__name__
         if (count is None) == (keep is None):
             raise LaminaError(f"{name} takes either count (how many go) or keep (ratio that stays), exactly one")
-        if count is not None and count < 0:
-            raise LaminaError(f"{name}: count must not be negative, got {count}")
-        if keep is not None and not 0.0 < keep <= 1.0:
-            raise LaminaError(f"{name}: keep is the ratio that stays and must be in 0 < keep <= 1, got {keep}")
+        if count is not None and not _is_whole(count, 0):
+            raise LaminaError(f"{name}: count must be a whole number, not negative, got {count!r}")
+        if keep is not None and not (isinstance(keep, (int, float)) and 0.0 < keep <= 1.0):
+            raise LaminaError(f"{name}: keep is the ratio that stays and must be in 0 < keep <= 1, got {keep!r}")
         if order not in self.orders:
             raise LaminaError(f"{name}: order must be one of {', '.join(self.orders)}, got {order!r}")
-        if samples < 1 or any(i < 0 for i in protect):
-            raise LaminaError(
-                f"{name}: samples must be positive, indices to protect not negative: got {samples}, {protect}"
-            )
+        if not _is_whole(samples, 1):
+            raise LaminaError(f"{name}: samples must be a whole number, at least 1, got {samples!r}")
+        if not isinstance(protect, Sequence) or not all(_is_whole(i, 0) for i in protect):
+            raise LaminaError(f"{name}: protect is a list of block indices, not negative, got {protect!r}")
         self.count, self.keep, self.order, self.keep_norm = count, keep, order, keep_norm
         self.protect, self.samples, self.seed, self.trunk = tuple(protect), samples, seed, trunk
 
     def decide(self, model: nn.Module, data: Iterable[Batch] | None = None) -> DropDecision:
         """Choose what goes; change nothing. See the class for what it raises."""
         model = bare(model)
-        trunk = find_trunk(model, self.trunk)
+        trunk = self._found(model)
         if trunk.repeats > 1:
             return self._finished(model, trunk, self._iterations(trunk), None)
         candidates = self._candidates(model, trunk)
@@ -105,8 +105,8 @@ class Drop:
         if data is None and (self.order in _NEED_DATA or images):
             raise LaminaError(
                 f"{type(self).__name__} looks at calibration data ({'convolutions' if images else self.order}): pass "
-                "data=..., a few dozen batches of what the model is for, or order='last', which needs none on "
-                "a transformer"
+                "data=... (--data on the command line), a few dozen batches of what the model is for, or order='last', "
+                "which needs none on a transformer"
             )
         if self.order == "iterative":
             return self._iterate(model, trunk, list(take(data or (), self.samples)), number)
@@ -130,15 +130,26 @@ class Drop:
     def fits(self, model: nn.Module) -> None:
         """Raise what `decide` would where the model has too little to drop; looks at no data."""
         model = bare(model)
-        trunk = find_trunk(model, self.trunk)
+        trunk = self._found(model)
         if trunk.repeats > 1:
             self._iterations(trunk)
         else:
             self._number(trunk, self._candidates(model, trunk))
 
+    def _found(self, model: nn.Module) -> Trunk:
+        trunk = find_trunk(model, self.trunk)
+        outside = [i for i in self.protect if i >= trunk.depth]
+        if outside:
+            raise LaminaError(
+                f"{type(self).__name__}: cannot protect {outside}: {trunk.path} has blocks 0..{trunk.depth - 1}"
+            )
+        if trunk.repeats == 1 and self.kinds != ("block",):
+            refuse_shared(model, trunk, range(len(trunk.blocks)))
+        return trunk
+
     def _candidates(self, model: nn.Module, trunk: Trunk) -> list[Candidate]:
         """List what could go, in the order that breaks ties."""
-        needed = _needed(model, trunk)
+        needed = lenders(model, trunk)
         found: list[Candidate] = []
         for kind in self.kinds:
             for index, block in enumerate(trunk.blocks):
@@ -283,15 +294,8 @@ def _decision(trunk: Trunk, chosen: Iterable[Candidate], keep_norm: bool) -> Dro
     return DropDecision(trunk.path, attention, mlp, blocks, keep_norm)
 
 
-def _needed(model: nn.Module, trunk: Trunk) -> set[int]:
-    """Blocks whose attention holds a lookup table the others lack: T5's first computes the position bias of all."""
-    tables = []
-    for block in trunk.blocks:
-        sublayer = block.find("attention")
-        modules = () if sublayer is None else get(model, sublayer.path).named_modules()
-        tables.append({name for name, m in modules if isinstance(m, nn.Embedding)})
-    others = [set().union(*tables[:i], *tables[i + 1 :]) for i in range(len(tables))]
-    return {i for i, own in enumerate(tables) if own - others[i]}
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _copy_of_tree(model: nn.Module) -> nn.Module:
