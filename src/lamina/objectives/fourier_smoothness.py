@@ -27,8 +27,8 @@ class FourierSmoothness(nn.Module):
     """Another objective, plus what high frequencies of the model's Fourier heads cost.
 
     loss = base + gamma * sum over every `FourierHead` in the model of its `penalty`, a mean over all positions that the
-    head saw, padding included. One forward pass. Logs `task` (the base's loss), `penalty` (without gamma) and `heads`, how
-    many ran: 0, and the base alone, for a model that has none, as before a pass puts one there.
+    head saw, padding included. One forward pass. Logs `task` (the base's loss), `penalty` (without gamma) and `heads`,
+    how many ran: 0, and the base alone, for a model that has none, as before a pass puts one there.
 
     Args:
         base: objective of the task at hand, or its recipe node.
