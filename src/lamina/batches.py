@@ -50,10 +50,19 @@ def call(model: nn.Module, batch: Batch, **options: Any) -> Any:
     extra = {k: v for k, v in options.items() if k in parameters or open_ended} | along
     if named:
         return model(**named, **extra)
-    for value in inputs.values():
-        if isinstance(value, Tensor):
-            return model(value, **extra)
-    raise ValueError(f"the batch has no tensor to call {type(bare(model)).__name__} with: {sorted(batch)}")
+    return model(first_input(inputs), **extra)
+
+
+def first_input(batch: Batch) -> Tensor:
+    """Return the first tensor of a batch that is no target: the image, the tokens, the features.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, value in batch.items():
+        if name not in TARGETS and isinstance(value, Tensor):
+            return value
+    raise ValueError(f"the batch has no tensor to call a model with: {sorted(batch)}")
 
 
 def logits(outputs: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """What every objective, optimizer, schedule and reducer must do."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -168,6 +169,9 @@ def test_an_objective_compiles_with_the_model(example):
     torch.compiler.reset()
     model, part = example.model(), make(example)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    if part.needs == "model":
+        # An objective that looks at what modules give has the model run eagerly, and says so.
+        warnings.filterwarnings("ignore", ".*a compiled graph cannot be looked into")
     torch.testing.assert_close(
         losses_of(example, compiled, part)["loss"], losses_of(example, model, make(example))["loss"]
     )

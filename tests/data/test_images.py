@@ -36,7 +36,18 @@ EXAMPLES = [
         options={"source": "{folder}/a.npz", "batch": 4, "split": 0.2},
         files={"a.npz": _npz(images=PIXELS, labels=LABELS)},
         bad={"split": -0.1},
-    )
+    ),
+    Example(
+        "data",
+        "elastically_deformed",
+        options={
+            "data": {"name": "images", "source": "{folder}/a.npz", "batch": 4, "split": 0.2},
+            "alpha": 2.0,
+            "sigma": 1.0,
+        },
+        files={"a.npz": _npz(images=PIXELS, labels=LABELS)},
+        bad={"sigma": 0.0},
+    ),
 ]
 
 
@@ -224,3 +235,59 @@ def test_grey_images_of_sixteen_bits_keep_their_range(tmp_path: Path) -> None:
         data.images(folder, 2, split=0)
     with pytest.raises(LaminaError, match="size must be at least 1, got 0"):
         data.images(folder, 2, size=0)
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (7, 63), (1, 5)])
+@pytest.mark.parametrize(("alpha", "sigma"), [(20.0, 4.0), (3.0, 0.7)])
+def test_elastic_deformation_is_scipy_s(height: int, width: int, alpha: float, sigma: float) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
+    images = drawn(3, 2, height, width)
+    found = data.elastic_deformation(images, alpha, sigma, torch.Generator().manual_seed(5))
+    noise = drawn(3, 2, height, width, seed=5) * 2 - 1
+    rows, columns = np.mgrid[:height, :width]
+    for i in range(3):
+        dy, dx = (alpha * ndimage.gaussian_filter(n.double().numpy(), sigma, mode="constant") for n in noise[i])
+        for c in range(2):
+            expected = ndimage.map_coordinates(images[i, c].double().numpy(), [rows + dy, columns + dx], order=1)
+            # On the border itself rounding decides whether a point is inside.
+            edge = np.minimum.reduce([abs(rows + dy), abs(rows + dy - height + 1), abs(columns + dx), abs(columns + dx - width + 1)])  # fmt: skip  # noqa: E501
+            apart = abs(found[i, c].numpy() - expected)
+            assert apart[edge > 1e-4].max(initial=0.0) < 1e-4
+
+
+def test_without_displacement_images_stay_and_channels_move_together() -> None:
+    images = drawn(2, 1, 6, 5)
+    torch.testing.assert_close(data.elastic_deformation(images, 0.0), images)
+    three = data.elastic_deformation(images.expand(2, 3, 6, 5), 2.0, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(three[:, 0], three[:, 2])
+    assert not torch.allclose(three[:, :1], images, atol=1e-2)
+    assert data.elastic_deformation(images.bfloat16(), 2.0, 1.0).dtype == torch.bfloat16
+
+
+def test_a_batch_is_deformed_anew_and_resuming_gives_the_same() -> None:
+    plain = data.digits(batch=16)
+    found = data.elastically_deformed(plain, 3.0, 1.0)
+    rows = torch.arange(16)
+    first, again, other = (found.train.batch(r)["pixel_values"] for r in (rows, rows, rows.flip(0)))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other.flip(0), atol=1e-2)
+    assert not torch.allclose(first, plain.train.batch(rows)["pixel_values"], atol=1e-2)
+    assert not torch.equal(first, data.elastically_deformed(plain, 3.0, 1.0, seed=1).train.batch(rows)["pixel_values"])
+    assert found.evaluation is plain.evaluation
+    assert len(found.train) == len(plain.train)
+    assert found.sizes == plain.sizes
+
+
+def test_what_cannot_be_deformed_is_refused() -> None:
+    for alpha, sigma in ((-1.0, 1.0), (1.0, 0.0), (float("nan"), 1.0)):
+        with pytest.raises(LaminaError, match="alpha must be at least 0 and sigma above 0"):
+            data.elastic_deformation(drawn(1, 1, 2, 2), alpha, sigma)
+    with pytest.raises(ShapeError, match=r"\(B, C, H, W\), got torch.float32 \(2, 2\)"):
+        data.elastic_deformation(drawn(2, 2))
+    series = data.elastically_deformed(data.from_arrays(np.ones((8, 2)), np.arange(8) % 2, 4, task="classification"))
+    with pytest.raises(ShapeError, match="needs images, 'pixel_values'"):
+        series.train.batch(torch.tensor([0]))

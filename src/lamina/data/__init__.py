@@ -9,6 +9,8 @@ from lamina.data.graphs import cora as cora
 from lamina.data.hugging_face import from_datasets as from_datasets
 from lamina.data.hugging_face import hugging_face as hugging_face
 from lamina.data.images import Images as Images
+from lamina.data.images import elastic_deformation as elastic_deformation
+from lamina.data.images import elastically_deformed as elastically_deformed
 from lamina.data.images import images as images
 from lamina.data.loader import Loader as Loader
 from lamina.data.loader import one_pass as one_pass

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.data._arrays import Array, idx, is_idx, npy, npz
 from lamina.data._files import cached, existing
-from lamina.data.examples import Data, split_rows
+from lamina.data.examples import Data, Examples, split_rows
 from lamina.errors import LaminaError, ShapeError, require
-from lamina.registry import register
+from lamina.recipe import Node, build
+from lamina.registry import Slot, register
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -128,6 +132,102 @@ class Images:
             values = values.permute(0, 3, 1, 2)
         scaled = values.float() / 255 if values.dtype == torch.uint8 else values.float()
         return {"pixel_values": ((scaled - self.mean) / self.std).contiguous(), "labels": self.labels[rows]}
+
+
+@register(
+    "data", source="Simard, Steinkraus, Platt, Best practices for convolutional neural networks (2003), section 2"
+)
+def elastically_deformed(
+    data: Annotated[Node | Data, Slot("data")], alpha: float = 20.0, sigma: float = 4.0, *, seed: int = 0
+) -> Data:
+    """Another data set of images, each training batch deformed anew by `elastic_deformation`; evaluation is as it was.
+
+    The displacements are drawn from the seed and the rows of the batch: another batch is deformed in other ways, and
+    resuming gives the very same images.
+
+    Args:
+        data: with `pixel_values` (B, C, H, W), or its recipe node.
+        alpha, sigma: see `elastic_deformation`; the defaults are for images of 28 x 28.
+        seed: of the displacements.
+    Raises:
+        LaminaError: a negative alpha, a sigma that is not above 0. ShapeError: (at the batch) no images.
+    """
+    _check_elastic(alpha, sigma)
+    given: Data = data if isinstance(data, Data) else build(data, "data")
+    return replace(given, train=Deformed(given.train, alpha, sigma, seed))
+
+
+class Deformed:
+    """Examples whose images are deformed when a batch is fetched; args as in `elastically_deformed`."""
+
+    def __init__(self, examples: Examples, alpha: float, sigma: float, seed: int) -> None:
+        self.examples, self.alpha, self.sigma, self.seed = examples, alpha, sigma, seed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """Return the rows, their `pixel_values` deformed."""
+        found = self.examples.batch(indices)
+        if "pixel_values" not in found:
+            raise ShapeError(f"elastic deformation needs images, 'pixel_values', in the batch, it has {sorted(found)}")
+        rows = indices.numpy().astype("<i8").tobytes()
+        digest = hashlib.blake2b(f"{self.seed}:".encode() + rows, digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        return {**found, "pixel_values": elastic_deformation(found["pixel_values"], self.alpha, self.sigma, generator)}
+
+
+def elastic_deformation(
+    images: Tensor, alpha: float = 20.0, sigma: float = 4.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Move the pixels of each image by a smooth random field of its own: (B, C, H, W) -> same.
+
+    Displacements are uniform in -1..1, blurred by a Gaussian cut at four deviations (zeros outside the image), times
+    alpha; pixels between pixels are interpolated linearly, and what comes from outside the image is 0. The whole batch
+    at once.
+
+    Args:
+        alpha: factor of the displacements, pixels; at least 0.
+        sigma: standard deviation of the blur, pixels; above 0.
+        generator: of the displacements; None = torch's own.
+    Raises:
+        LaminaError: alpha or sigma out of range. ShapeError: no floating-point (B, C, H, W).
+    Source: Simard, Steinkraus, Platt (2003), section 2; as scipy's gaussian_filter and map_coordinates, order 1.
+    Example:
+        >>> elastic_deformation(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 1, 28, 28])
+    """
+    _check_elastic(alpha, sigma)
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ShapeError(f"images must be floating-point (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    count, _, height, width = images.shape
+    here = images.device if generator is None else generator.device
+    noise = torch.rand(count, 2, height, width, generator=generator, device=here).to(images.device) * 2 - 1
+    down, across = _blur(height, sigma), _blur(width, sigma)
+    moved = alpha * (down.to(noise) @ noise @ across.to(noise))
+    y = moved[:, 0] + torch.arange(height, device=noise.device)[:, None]
+    x = moved[:, 1] + torch.arange(width, device=noise.device)
+    # Cell centres of an axis of n cells are at (2 i + 1) / n - 1.
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
+    found = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    return (found * inside[:, None]).to(images.dtype)
+
+
+@functools.cache
+def _blur(length: int, sigma: float) -> Tensor:
+    """The matrix (length, length), symmetric, that blurs a line of cells with zeros beyond its ends."""
+    reach = int(4.0 * sigma + 0.5)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    weights = (-0.5 * (offsets / sigma).square()).exp()
+    weights = weights / weights.sum()
+    apart = torch.arange(length)[:, None] - torch.arange(length)
+    return torch.where(apart.abs() <= reach, weights[(apart.clamp(-reach, reach) + reach)], 0.0)
+
+
+def _check_elastic(alpha: float, sigma: float) -> None:
+    if not alpha >= 0 or not sigma > 0:
+        raise LaminaError(f"alpha must be at least 0 and sigma above 0, got {alpha} and {sigma}")
 
 
 def whole_labels(labels: Array) -> Tensor:

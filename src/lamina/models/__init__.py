@@ -5,6 +5,7 @@ vision_transformer  ViT
 resnet              small and standard ResNets
 metaformer          the MetaFormer template and PoolFormer's sizes
 boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
+prototype_network   an autoencoder that decides by prototypes; prototype_explanation: of any model with such a head
 hugging_face        any transformers model, by config or folder
 """
 
@@ -23,6 +24,12 @@ from lamina.models.metaformer import poolformer_m48 as poolformer_m48
 from lamina.models.metaformer import poolformer_s12 as poolformer_s12
 from lamina.models.metaformer import poolformer_s24 as poolformer_s24
 from lamina.models.metaformer import poolformer_s36 as poolformer_s36
+from lamina.models.prototype_explanation import Explanation as Explanation
+from lamina.models.prototype_explanation import NearestTraining as NearestTraining
+from lamina.models.prototype_explanation import explain_prototypes as explain_prototypes
+from lamina.models.prototype_explanation import nearest_training as nearest_training
+from lamina.models.prototype_network import PrototypeNetwork as PrototypeNetwork
+from lamina.models.prototype_network import PrototypeOutput as PrototypeOutput
 from lamina.models.resnet import ResNet as ResNet
 from lamina.models.resnet import resnet18 as resnet18
 from lamina.models.resnet import resnet20 as resnet20

@@ -10,6 +10,7 @@ feed_forward    the plain and the gated position-wise network
 fourier_head    logits over ordered bins as a Fourier density; fourier_density: the density itself
 hypercomplex    linear layers and convolutions with 1/n of the weights
 layout          sequence mixers on images and the other way round
+prototype       distances to learned prototypes; a head that decides by them
 torch_layers    torch's activations and batch norms under the names recipes use
 """
 
@@ -68,5 +69,9 @@ from lamina.nn.pooling_mixer import IdentityMixer as IdentityMixer
 from lamina.nn.pooling_mixer import PoolingMixer as PoolingMixer
 from lamina.nn.pooling_mixer import RandomMixer as RandomMixer
 from lamina.nn.pooling_mixer import SpatialLinearMixer as SpatialLinearMixer
+from lamina.nn.prototype import PrototypeHead as PrototypeHead
+from lamina.nn.prototype import PrototypeLayer as PrototypeLayer
+from lamina.nn.prototype import prototype_penalties as prototype_penalties
+from lamina.nn.prototype import squared_distances as squared_distances
 from lamina.nn.proximal_softmax import ProxSoftmax as ProxSoftmax
 from lamina.nn.proximal_softmax import prox_softmax as prox_softmax

@@ -6,6 +6,7 @@ hypernetwork  hold the weights that a hypernetwork made for earlier tasks
 supervised    next token, masked token, classification, regression
 distillation  follow a teacher's logits and hidden states
 masked_marginals  what was hidden of a Boltzmann machine's variables
+prototype     the four terms of a prototype network; the two penalties beside any objective
 """
 
 from lamina.objectives.distillation import Distillation as Distillation
@@ -15,6 +16,8 @@ from lamina.objectives.masked_marginals import MaskedMarginals as MaskedMarginal
 from lamina.objectives.objective import Losses as Losses
 from lamina.objectives.objective import Objective as Objective
 from lamina.objectives.objective import WeightedSum as WeightedSum
+from lamina.objectives.prototype import PrototypeObjective as PrototypeObjective
+from lamina.objectives.prototype import PrototypePenalties as PrototypePenalties
 from lamina.objectives.supervised import Classification as Classification
 from lamina.objectives.supervised import MaskedToken as MaskedToken
 from lamina.objectives.supervised import NextToken as NextToken
