@@ -202,6 +202,38 @@ def test_a_lazy_model_is_not_called_for_the_first_time() -> None:
         ConvBN().decide(model)
 
 
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.aside = nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(x)
+        return x.mean() + self.aside(x).mean() if self.training else x.mean()
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_head_that_runs_in_training_alone_is_tuned_too(traced: bool) -> None:
+    inner = with_statistics(Auxiliary())
+    model: nn.Module = inner if traced else Untraceable(inner)
+    x = drawn(2, 3, 4, 4)
+    before = set_norms_aside(inner)(x)
+    decision = ConvBN().decide(model.eval(), [{"x": x}])
+    assert [norm.removeprefix("inner.") for _, norm in decision.pairs] == ["trunk.1", "aside.1"]
+    assert [norm.removeprefix("inner.") for norm in decision.bytes] == ["trunk.1"]
+    rewrite(model, ConvBN(), data=[{"x": x}])
+    torch.testing.assert_close(set_norms_aside(inner)(x), before)
+
+
+def set_norms_aside(model: nn.Module) -> nn.Module:
+    """Put a model in training mode, but for its norms."""
+    model.train()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eval()
+    return model
+
+
 class Counting(nn.Dropout):
     def __init__(self) -> None:
         super().__init__()

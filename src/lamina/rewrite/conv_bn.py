@@ -192,7 +192,8 @@ def activation_bytes(model: nn.Module, inputs: Tensor | Batch) -> Bytes:
     """Predict from shapes alone what each pair keeps for the backward pass, in both modes, in bytes.
 
     "eval": the input and the convolution's output. "tune": the input and the folded weight. An input that several
-    layers read counts at the first. Nothing is computed: a copy runs on the meta device.
+    layers read counts at the first; a pair that does not run in evaluation mode is left out.
+    Nothing is computed: a copy runs on the meta device.
 
     Args:
         inputs: what the model is called with; only the shapes matter (`torch.empty(16, 3, 224, 224, device="meta")`).
@@ -219,7 +220,8 @@ def _bytes(model: nn.Module, batch: Batch, pairs: Mapping[str, str], *, always_m
             ) from error
         links = watch(model, batch, watched)
     counted: set[int] = set()
-    return {norm: _pair_bytes(model, norm, layer, links, counted) for norm, layer in pairs.items()}
+    # A head that runs in training alone (an auxiliary one) has no size in evaluation.
+    return {norm: _pair_bytes(model, norm, layer, links, counted) for norm, layer in pairs.items() if norm in links}
 
 
 def _pair_bytes(model: nn.Module, norm: str, layer: str, links: Links, counted: set[int]) -> dict[str, int]:
