@@ -22,12 +22,20 @@ takes the two quotients seed by seed and averages them.
 Beside it, where the data set is at hand: `series_`, ETTh1's hourly oil temperature in 128 bins, the next hour from 64
 by a small GRU on 2000 windows, N = 32; negative log-likelihood in nats and smoothness on the four months after.
 
+What was found: the Fourier head is nearer to the truth on every seed, by a third to two thirds; smoother on two of
+three. At this rate, with raw bin numbers as inputs, most units of the small network die (62 of 96 under the linear head
+of seed 1), and that starved linear head is smooth because it learned little: its smoothness quotient is 1.03, the others
+are 0.69 and 0.51. So the mean of the quotients, 0.74, misses the bar; the quotient of the means would be 0.69. Nothing
+was changed after the first run: rate, batch and epochs stand as they were written down. On the hourly series the Fourier
+head is smoother by a third, at a slightly better likelihood.
+
 Limits: periodic, p(-1) = p(1): where mass at one end leaks to the other, map values inside [-0.5, 0.5]. Heavy tails and
 jumps need many frequencies. If the family is known, a mixture density fits better (the paper's toy: KL 0.030 for a
 mixture of Gaussians). Bins below eps get no gradient: eps=1e-8 for sharp targets. The penalty of `fourier_smoothness`
 is the paper's official one, of unnormalised coefficients: it can be lowered by making all coefficients small, which
-smooths nothing; with gamma from 0.01 to 10 on a bimodal target we saw just that. No map from a linear head's weights:
-the head starts fresh.
+smooths nothing; with gamma from 0.01 to 10 on a bimodal target we saw just that. Logits do not depend on the size of
+the coefficients, which start small, so first gradients are large: plain SGD (LARS, on biases) with a large rate and a
+large gamma diverges; Adam and LAMB do not. No map from a linear head's weights: the head starts fresh.
 
 Composes with: the `head` slot of every model, `Replace` on foreign models (a tie to the embedding is broken and named),
 distillation, LAMB, drop passes, compile, autocast, data parallel training.
