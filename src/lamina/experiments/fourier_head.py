@@ -24,10 +24,10 @@ by a small GRU on 2000 windows, N = 32; negative log-likelihood in nats and smoo
 
 What was found: the Fourier head is nearer to the truth on every seed, by a third to two thirds; smoother on two of
 three. At this rate, with raw bin numbers as inputs, most units of the small network die (62 of 96 under the linear head
-of seed 1), and that starved linear head is smooth because it learned little: its smoothness quotient is 1.03, the others
-are 0.69 and 0.51. So the mean of the quotients, 0.74, misses the bar; the quotient of the means would be 0.69. Nothing
-was changed after the first run: rate, batch and epochs stand as they were written down. On the hourly series the Fourier
-head is smoother by a third, at a slightly better likelihood.
+of seed 1), and that starved linear head is smooth because it learned little: its smoothness quotient is 1.03, the
+others are 0.69 and 0.51. So the mean of the quotients, 0.74, misses the bar; the quotient of the means would be 0.69.
+Nothing was changed after the first run: rate, batch and epochs stand as they were written down. On the hourly series
+the Fourier head is smoother by a third, at a slightly better likelihood.
 
 Limits: periodic, p(-1) = p(1): where mass at one end leaks to the other, map values inside [-0.5, 0.5]. Heavy tails and
 jumps need many frequencies. If the family is known, a mixture density fits better (the paper's toy: KL 0.030 for a
