@@ -231,7 +231,7 @@ def test_gradcheck_of_a_block_with_every_mixer(mixer: str, norm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "mixer", ["pooling_mixer", "identity_mixer", "random_mixer", "spatial_linear_mixer", ATTENTION]
+    "mixer", ["pooling_mixer", "identity_mixer", "random_mixer", "spatial_linear_mixer", {**ATTENTION, "head_width": 4}]
 )
 def test_gradients_reach_every_parameter(mixer: Any) -> None:
     model = make(mixers=mixer, image=(16, 24), positions=(False, True), widths=(8, 32)).train()
@@ -331,7 +331,12 @@ def test_a_recipe_names_another_mixer_for_every_stage_and_it_is_saved(tmp_path: 
         ({"mixers": "poling_mixer"}, LaminaError, "did you mean 'pooling_mixer'"),
         ({"mixers": {"name": "pooling_mixer", "kernel_size": 2}}, LaminaError, "odd"),
         ({"mixers": {"name": "attention", "heads": 3}}, LaminaError, "does not divide"),
+        ({"mixers": {"name": "attention", "head_width": 3}}, ShapeError, "8 does not divide into heads of 3"),
         ({"drop_path": 1.0}, RecipeError, "below 1"),
+        ({"drop_path": 1.0, "depths": (1,), "widths": (8,)}, RecipeError, "below 1"),
+        ({"classes": -1}, ShapeError, "classes must not be negative"),
+        ({"channels": 0}, ShapeError, "channels and mlp_ratio positive"),
+        ({"mlp_ratio": 0.0}, ShapeError, "channels and mlp_ratio positive"),
         ({"image": 2}, ShapeError, "leaves no pixel for stage 1"),
     ],
 )
@@ -351,6 +356,21 @@ def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception]
 def test_bad_images_are_refused(shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(ShapeError, match=words):
         make()(images(*shape))
+
+
+def test_heads_are_as_wide_as_the_mixer_says() -> None:
+    narrow = make(widths=(16, 24), mixers={"name": "attention", "head_width": 4})
+    assert [stage[0].mixer.mixer.heads for stage in narrow.stages] == [4, 6]
+    assert make(widths=(16, 64), mixers="attention").stages[1][0].mixer.mixer.heads == 2
+
+
+def test_one_cell_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make()
+    model(images(1, 3, 16, 16))
+    assert not caplog.text
+    for _ in range(2):
+        model(images(1, 3, model.smallest, model.smallest))
+    assert caplog.text.count("one cell of the images") == 1
 
 
 def test_the_smallest_image_is_the_smallest() -> None:

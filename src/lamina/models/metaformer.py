@@ -5,158 +5,24 @@ Source: Yu et al., MetaFormer Is Actually What You Need for Vision (2022), arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import RecipeError, ShapeError
-from lamina.nn.layout import SequenceAsGrid, layout_of
-from lamina.nn.torch_layers import draw
+from lamina.models._metaformer_block import NORM, PositionEmbedding
+from lamina.models._metaformer_block import DropPath as DropPath
+from lamina.models._metaformer_block import MetaFormerBlock as MetaFormerBlock
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
 
+_log = logging.getLogger(__name__)
+
 SOURCE = "Yu et al. 2022, arXiv 2111.11418"
-NORM = "channel_layer_norm"
-"""The paper's modified layer norm: statistics over channels and positions of one image."""
-
 ATTENTION: Node = {"name": "attention", "head_width": 32, "output_bias": True}
-
-
-class DropPath(nn.Module):
-    """Leave a residual branch out for whole rows of the batch, in training; the rest is scaled up to the same mean.
-
-    Args:
-        rate: share of rows, 0..1 (1 excluded).
-    Source: Huang et al., Deep Networks with Stochastic Depth (2016), arXiv 1603.09382.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise RecipeError(f"drop_path must be at least 0 and below 1, got {rate}")
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zero whole rows of (B, ...)."""
-        if not self.training or self.rate == 0.0:
-            return x
-        kept = torch.rand(x.shape[:1], device=x.device) >= self.rate
-        return x * (kept.to(x.dtype) / (1.0 - self.rate)).view(-1, *[1] * (x.dim() - 1))
-
-    def extra_repr(self) -> str:
-        """Show the rate."""
-        return f"rate={self.rate}"
-
-
-class LayerScale(nn.Module):
-    """Multiply each channel of (B, C, H, W) by a learned factor that starts small."""
-
-    def __init__(self, width: int, start: float) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((width,), start))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale (B, C, H, W)."""
-        return x * self.scale[:, None, None]
-
-
-class ChannelFeedForward(nn.Module):
-    """Two 1x1 convolutions with a GELU between: the same network at every position. (B, C, H, W) -> same.
-
-    Both are built as conv(in, out, 1).
-    """
-
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0, conv: Node = "conv2d") -> None:
-        super().__init__()
-        make = factory("layer", conv)
-        self.up = make(width, hidden, 1)
-        self.activation = nn.GELU()
-        self.down = make(hidden, width, 1)
-        self.dropout = nn.Dropout(dropout)
-        for layer in (self.up, self.down):
-            if type(layer) is nn.Conv2d:
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-            else:
-                draw(layer, 0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply at every position."""
-        return self.dropout(self.down(self.dropout(self.activation(self.up(x)))))
-
-
-class PositionEmbedding(nn.Module):
-    """Add a learned map, zero at the start, to (B, C, H, W) of one size."""
-
-    def __init__(self, width: int, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.zeros(1, width, *grid))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add to (B, C, H, W)."""
-        if x.shape[1:] != self.embedding.shape[1:]:
-            raise ShapeError(
-                f"the position embedding is for {tuple(self.embedding.shape[2:])} cells, the image has "
-                f"{tuple(x.shape[2:])}; call resize_positions(image) for another size"
-            )
-        return x + self.embedding
-
-    def resize(self, grid: tuple[int, int]) -> None:
-        """Interpolate the map bicubically to another size (a new Parameter)."""
-        resized = F.interpolate(self.embedding.detach(), grid, mode="bicubic", align_corners=False)
-        self.embedding = nn.Parameter(resized)
-
-
-class MetaFormerBlock(nn.Module):
-    """x + s1 * mixer(norm1 x), then x + s2 * feed_forward(norm2 x); (B, C, H, W) -> same.
-
-    Args:
-        mixer: a grid mixer already built; a sequence mixer runs on the cells row by row.
-        mlp_ratio: hidden channels of the feed-forward per channel.
-        norm: built as norm(width).
-        layer_scale: where the learned factors s start; None = no factors.
-        drop_path: share of rows that skip each branch, in training.
-        conv: the two 1x1 convolutions of the feed-forward, built as conv(in, out, 1).
-        mlp: False leaves the second branch out; residual: False leaves out both additions (ablations).
-    Source: equations 2 and 3.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        mixer: nn.Module,
-        *,
-        mlp_ratio: float = 4.0,
-        norm: Node = NORM,
-        layer_scale: float | None = 1e-5,
-        drop_path: float = 0.0,
-        dropout: float = 0.0,
-        mlp: bool = True,
-        residual: bool = True,
-        conv: Node = "conv2d",
-    ) -> None:
-        super().__init__()
-        make_norm = factory("norm", norm)
-        self.residual = residual
-        self.norm1: nn.Module = make_norm(width)
-        self.mixer = mixer if layout_of(mixer) == "grid" else SequenceAsGrid(mixer)
-        self.scale1 = _scale(width, layer_scale)
-        self.norm2: nn.Module | None = make_norm(width) if mlp else None
-        self.feed_forward = ChannelFeedForward(width, int(mlp_ratio * width), dropout, conv) if mlp else None
-        self.scale2 = _scale(width, layer_scale) if mlp else None
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run both branches."""
-        mixed = self.scale1(self.mixer(self.norm1(x)))
-        x = x + self.drop_path(mixed) if self.residual else mixed
-        if self.feed_forward is None or self.norm2 is None or self.scale2 is None:
-            return x
-        fed = self.scale2(self.feed_forward(self.norm2(x)))
-        return x + self.drop_path(fed) if self.residual else fed
 
 
 @register("model", "metaformer", source=SOURCE)
@@ -170,7 +36,8 @@ class MetaFormer(nn.Module):
     Args:
         depths: blocks per stage.
         widths: channels per stage.
-        mixers: a mixer, or one per stage; built as mixer(width=, grid=, heads=width // 32) as far as it names them.
+        mixers: a mixer, or one per stage; built as mixer(width=, grid=, heads=) as far as it names them, one head per
+            32 channels or per the `head_width` that the mixer's node gives.
         norm: built as norm(width); "channel_layer_norm" (the paper's) or "channel_norm_2d" (its hybrids).
         layer_scale: start of the learned factor of each branch; None = none.
         drop_path: of the last block; grows linearly from 0 at the first, over all stages.
@@ -182,7 +49,8 @@ class MetaFormer(nn.Module):
         head: built as head(widths[-1], classes).
     Raises:
         RecipeError: lists of other lengths than depths, or a bound mixer without `image`.
-        ShapeError: images too small for the last stage, or of another size than a bound part was built for.
+        ShapeError: sizes below their least, heads that do not divide a width, images too small for the last stage, or
+            of another size than a bound part was built for.
     Example:
         >>> MetaFormer((1, 1), (8, 16), classes=5)(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 5])
@@ -215,10 +83,15 @@ class MetaFormer(nn.Module):
         each: list[Any] = list(mixers) if isinstance(mixers, (list, tuple)) else [mixers] * len(depths)
         places = list(positions) if isinstance(positions, (list, tuple)) else [bool(positions)] * len(depths)
         _check(depths, widths=widths, mixers=each, positions=places)
+        if classes < 0 or channels < 1 or mlp_ratio <= 0:
+            raise ShapeError(
+                f"classes must not be negative, channels and mlp_ratio positive, got {classes}, {channels}, {mlp_ratio}"
+            )
+        DropPath(drop_path)
         grids = stage_grids(image, len(depths), patch, downsample)
         rates = _rates(drop_path, sum(depths))
         self.channels, self.features_only, self.strides = channels, features_only, (patch, downsample)
-        self.smallest = _smallest_side(len(depths), patch, downsample)
+        self.smallest, self.told = _smallest_side(len(depths), patch, downsample), False
         self.embeds = nn.ModuleList()
         self.positions = nn.ModuleList()
         self.stages = nn.ModuleList()
@@ -227,7 +100,7 @@ class MetaFormer(nn.Module):
             self.embeds.append(nn.Conv2d(channels if i == 0 else widths[i - 1], width, kernel, stride, padding))
             make = factory("mixer", each[i])
             self.positions.append(_positions(width, grids[i]) if places[i] else nn.Identity())
-            given = {"width": width, "heads": max(width // 32, 1), **({"grid": grids[i]} if grids[i] else {})}
+            given = {"width": width, "heads": _heads(width, each[i]), **({"grid": grids[i]} if grids[i] else {})}
             options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "norm": norm, "layer_scale": layer_scale}
             options |= {"dropout": dropout, "mlp": mlp, "residual": residual, "conv": conv}
             blocks = [MetaFormerBlock(width, make(**given), drop_path=next(rates), **options) for _ in range(depth)]
@@ -243,6 +116,7 @@ class MetaFormer(nn.Module):
         for embed, position, stage in zip(self.embeds, self.positions, self.stages, strict=True):
             x = stage(position(embed(x)))
             maps.append(x)
+        self._tell_of_one_cell(x)
         if self.features_only:
             return [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
         pooled: Tensor = self.head(self.norms[0](x).mean((2, 3)))
@@ -254,6 +128,11 @@ class MetaFormer(nn.Module):
         for position, grid in zip(self.positions, grids, strict=True):
             if isinstance(position, PositionEmbedding) and grid is not None:
                 position.resize(grid)
+
+    def _tell_of_one_cell(self, x: Tensor) -> None:
+        if not torch.compiler.is_compiling() and x.shape[2:] == (1, 1) and not self.told:
+            self.told = True
+            _log.warning("the last stage is left one cell of the images: its mixers have nothing to mix")
 
     def _check_images(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.channels:
@@ -319,6 +198,14 @@ def _check(depths: Sequence[int], **lists: Sequence[Any]) -> None:
         raise ShapeError(f"depths and widths must be at least 1, got {list(depths)} and {list(lists['widths'])}")
 
 
+def _heads(width: int, mixer: Any) -> int:
+    """Heads of a mixer that has some: as wide as its node says, else of 32 channels, as the paper's."""
+    asked = mixer.get("head_width") if isinstance(mixer, Mapping) else None
+    if isinstance(asked, int) and asked > 0 and width % asked:
+        raise ShapeError(f"a width of {width} does not divide into heads of {asked} (head_width)")
+    return max(width // (asked or 32), 1)
+
+
 def _rates(last: float, blocks: int) -> Iterator[float]:
     return iter([last * j / max(blocks - 1, 1) for j in range(blocks)])
 
@@ -335,10 +222,6 @@ def _smallest_side(stages: int, patch: tuple[int, int, int], downsample: tuple[i
     for kernel, stride, padding in (*[downsample] * (stages - 1), patch):
         side = max((side - 1) * stride + kernel - 2 * padding, 1)
     return side
-
-
-def _scale(width: int, start: float | None) -> nn.Module:
-    return nn.Identity() if start is None else LayerScale(width, start)
 
 
 def _head(node: Node, width: int, classes: int) -> nn.Module:

@@ -23,7 +23,7 @@ class PoolingMixer(nn.Module):
     """Average of the neighbours minus the cell itself: a token mixer without parameters.
 
     x (B, C, H, W) -> same. The subtraction is there because the block adds x back. At the border only the cells
-    inside count, so a constant image gives exactly zero.
+    inside count, so a constant image gives zero.
 
     Args:
         width: C; not needed, taken so that the slot can offer it.
