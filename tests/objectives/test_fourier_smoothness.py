@@ -13,7 +13,7 @@ from lamina.rewrite import Replace, rewrite
 
 def model(bins=9):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), FourierHead(8, bins, 4))
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), FourierHead(8, bins, 4, init_scale=(1.0, 1.0)))
 
 
 def batch():
@@ -21,7 +21,7 @@ def batch():
     return {"inputs": torch.randn(4, 6, generator=generator), "labels": torch.tensor([0, 3, 8, 5])}
 
 
-EXAMPLES = [Example("objective", "fourier_smoothness", {"gamma": 10.0}, model=model, batch=batch, bad={"gamma": -1.0})]
+EXAMPLES = [Example("objective", "fourier_smoothness", {"gamma": 1e-4}, model=model, batch=batch, bad={"gamma": -1.0})]
 
 
 class TwoHeads(nn.Module):
