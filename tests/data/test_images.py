@@ -250,7 +250,7 @@ def test_elastic_deformation_is_scipy_s(height: int, width: int, alpha: float, s
     noise = drawn(3, 2, height, width, seed=5) * 2 - 1
     rows, columns = np.mgrid[:height, :width]
     for i in range(3):
-        dy, dx = (alpha * ndimage.gaussian_filter(n.double().numpy(), sigma, mode="constant") for n in noise[i])
+        dx, dy = (alpha * ndimage.gaussian_filter(n.double().numpy(), sigma, mode="constant") for n in noise[i])
         for c in range(2):
             expected = ndimage.map_coordinates(images[i, c].double().numpy(), [rows + dy, columns + dx], order=1)
             # On the border itself rounding decides whether a point is inside.

@@ -202,16 +202,19 @@ def elastic_deformation(
         raise ShapeError(f"images must be floating-point (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
     count, _, height, width = images.shape
     here = images.device if generator is None else generator.device
-    noise = torch.rand(count, 2, height, width, generator=generator, device=here).to(images.device) * 2 - 1
-    down, across = _blur(height, sigma), _blur(width, sigma)
-    moved = alpha * (down.to(noise) @ noise @ across.to(noise))
-    y = moved[:, 0] + torch.arange(height, device=noise.device)[:, None]
-    x = moved[:, 1] + torch.arange(width, device=noise.device)
-    # Cell centres of an axis of n cells are at (2 i + 1) / n - 1.
-    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-    found = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
-    return (found * inside[:, None]).to(images.dtype)
+    field = torch.rand(count, 2, height, width, generator=generator, device=here).to(images.device).mul_(2).sub_(1)
+    down, across = _blur(height, sigma).to(field), _blur(width, sigma).to(field)
+    # In units of the image, x before y, as grid_sample wants it: the centres of n cells are at (2 i + 1) / n - 1.
+    cells = field.new_tensor([width, height])[:, None, None]
+    centres = torch.meshgrid(_centres(width), _centres(height), indexing="xy")
+    field = (down @ field @ across).mul_(2 * alpha / cells).add_(torch.stack(centres).to(field))
+    found = F.grid_sample(images.float(), field.permute(0, 2, 3, 1), align_corners=False)
+    inside = (field.abs() <= 1 - 1 / cells + 1e-6).all(1, keepdim=True)
+    return (found * inside).to(images.dtype)
+
+
+def _centres(length: int) -> Tensor:
+    return (2 * torch.arange(length, dtype=torch.float32) + 1) / length - 1
 
 
 @functools.cache
