@@ -41,8 +41,8 @@ class Pairs:
 def find_pairs(model: nn.Module, data: Iterable[Batch] | None = None, match: str | None = None) -> Pairs:
     """Find every batch norm whose path matches, and the layer before it; changes nothing.
 
-    By torch.fx; where the model cannot be traced, in one forward pass over the first batch of `data`; without data,
-    in those parts of the model that can be traced.
+    By torch.fx; where the model cannot be traced, in forward passes over the first batch of `data`; without data, in
+    those parts of the model that can be traced.
 
     Raises:
         AnatomyError: there is no batch norm, or none at such a path; or a pass over data would be a lazy model's first.
@@ -97,7 +97,7 @@ def norm_reason(norm: nn.Module) -> str:
 
 
 def _layer_before(model: nn.Module, path: str, links: Links, several: set[int]) -> tuple[str, str]:
-    """Return (path of the layer, "") or ("", why not)."""
+    """Return (path of the layer, why not); no reason: the two are a pair."""
     norm, calls = get(model, path), links.get(path, [])
     if len(calls) != 1:
         return "", f"it is called {len(calls)} times in a forward pass, and a pair must run once"
@@ -110,7 +110,7 @@ def _layer_before(model: nn.Module, path: str, links: Links, several: set[int]) 
         reason = f"a {type(norm).__name__} does not normalise the channels of a {type(layer).__name__}"
     if not reason and several & {id(layer), id(norm)}:
         reason = "the layer or the norm stands at several paths"
-    return layer_path, reason and f"{layer_path}: {reason}" if ":" not in reason else reason
+    return layer_path, f"{layer_path}: {reason}" if reason else ""
 
 
 def _use_reason(path: str, layer_path: str, call: Call, layer_calls: list[Call]) -> str:
