@@ -252,7 +252,12 @@ def test_the_head_can_be_replaced_and_frozen_layers_stay_frozen() -> None:
 @pytest.mark.parametrize(
     ("make", "one", "error", "words"),
     [
-        (convolutions, {"n": 3}, ShapeError, r"stages\.0\.0\.conv1: PHConv2d: n=3 must divide .* that does is 4"),
+        (
+            convolutions,
+            {"n": 3},
+            ShapeError,
+            r"stages\.0\.0\.conv1: PHConv2d: n=3 must divide .* that does is 4 .*in `skip`",
+        ),
         (
             lambda: nn.Sequential(nn.ReLU()),
             {"n": 2},

@@ -24,6 +24,13 @@ layers of its blocks at n = 4. `span_*` is how far the span of the learned A[i] 
 to a change of the units, 1: orthogonal; a random algebra has 0.87), and says nothing about a change of basis of the
 blocks.
 
+What was found: n = 4 is 0.2 to 0.3 points behind the real net (99.11 % against 99.41 % on average) with 0.258 of its
+parameters; n = 2 is even (99.33 %) with 0.505. A step takes 5 to 7 % longer. The quaternion net is as good as n = 4,
+and so is the real net of half the widths: these digits do not tell them apart, so the paper's order of the two is not
+shown here. The learned algebra stays as far from the quaternions as it started. On bytes n = 4 ends at 1.80 nats and
+the plain model at 2.13 after 200 steps, at one rate tuned for neither: it learns faster there, which says nothing about
+where the two would end.
+
 Limits: operations and latency are the dense layer's, or somewhat more; nothing is saved where n^3 exceeds a layer's
 1/n (then there is a warning). No groups, so depthwise convolutions stay as they are. With n = 8 and more, clip the
 gradient of A at 1. Weight or spectral norm belongs on the folded layer. A tensor written through `.data` in evaluation
