@@ -27,6 +27,13 @@ the penalties. `named`: share of prototypes whose class (the most negative weigh
 hand, on 10,000 of its images, elastically deformed: accuracy, and how many of the ten classes have a prototype that
 decodes to an image near one of theirs.
 
+What was found: the penalties do what they are said to do, in every run (R1 25 times smaller and more, R2 45 times, the
+decoded prototypes 0.35 to 0.43 of the distance to an image, three quarters named after it), at no cost of accuracy:
+98.2 % with them and without, 97.7 % with the linear head. The bar, half a point of accuracy at most, is met by the mean
+(+0.6 points) and missed by one of the seeds, three images of 597 (0.5025 points); the interval is held to it, hence
+`direction only`. Nothing was tried to better it. The convolutions start as torch's do: from the official start
+(deviation 0.01) the same epochs gave 97.3 % on one seed, for the first ten are spent on getting under way.
+
 Limits: prototypes are of whole images, not of parts. The weights are free, so a prototype may speak against a class. A
 distance of latents is none of pixels, and what the encoder does before is not explained. Distances grow with the width
 of the latent. Without a decoder, prototypes are shown by the training inputs nearest to them.
