@@ -201,6 +201,25 @@ def test_gradients_are_those_of_finite_differences(rank: int) -> None:
     assert 0 < layer.last.backward_iterations <= 15
 
 
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_the_gradient_is_that_of_a_direct_solve(name: str) -> None:
+    torch.manual_seed(0)
+    coupling = COUPLINGS[name]()
+    bias = scores(1, coupling.blocks.dim).requires_grad_()
+    seen, mask = observe(coupling, 1)
+    layer = MeanFieldEquilibrium(coupling, tol=1e-11, max_iter=1000)
+    phi = coupling.dense()
+    for clamp in ((None, None), (seen, mask)):
+        q = layer(bias, *clamp)
+        pull = scores(1, coupling.blocks.dim, 1)
+        (found,) = torch.autograd.grad(q, bias, pull)
+        p = torch.func.jacrev(lambda s: coupling.blocks.softmax(s[None])[0])(coupling(q.detach())[0] + bias[0])
+        if clamp[1] is not None:
+            p = p * ~coupling.blocks.spread(clamp[1])[0]
+        expected = torch.linalg.solve(torch.eye(len(phi)).double() - p @ phi, p).T @ pull[0]
+        torch.testing.assert_close(found[0], expected.detach(), rtol=0, atol=1e-8)
+
+
 def test_convolutional_gradients_are_those_of_finite_differences() -> None:
     torch.manual_seed(0)
     coupling = MonotoneHollowConv([(4, 3, 2, 2), (3, 1, 1, 1)]).double()

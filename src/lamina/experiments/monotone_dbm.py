@@ -22,6 +22,12 @@ regression on (seen pixels, mask) and each pixel's majority. Beside: a restricte
 its visible units and damped mean field; how far plain mean-field updates still swing after 500 steps, and how many
 steps the splitting takes.
 
+What was found: completion holds (83.6 % of the hidden pixels, each pixel's majority 79.1 %), the margin held in every
+step, and 7 mixed steps do where plain updates of random couplings swing by 0.99 for ever. Classification does not: with
+40 % seen the machine says 65.6 %, logistic regression that is shown ten masks an image 73.0 %; shown one mask an image,
+62.6 %, below the machine. The restricted machine says 50.5 %. Tried beside, on 200 of the training images held out
+(where logistic regression says 72.1 %): a rate of 1e-2 or 2e-2 that rises and falls, 69.2 % and 69.6 %.
+
 Limits: mean-field marginals underestimate correlations; no sampling, no likelihood. The positive eigenvalues of Phi are
 at most 1 - m: strong attraction between many variables cannot be expressed. The layer's loop is not compiled
 (its length shows as it runs), so there is no export and no full graph of it; of the couplings and `prox_softmax` there
