@@ -1029,3 +1029,9 @@ def test_only_what_has_a_row_each_is_cut_and_empty_batches_are_passed_over() -> 
     assert got.scores == DropAttention(1).decide(model, [{"input_ids": tokens(6)[:2]}]).scores
     with pytest.raises(LaminaError, match=r"is empty.*an iterator is used up after one pass"):
         rewrite(llama(), DropAttention(1), DropMLP(1), data=iter(batches()))
+
+
+def test_a_data_parallel_wrapper_is_refused() -> None:
+    wrapper = nn.parallel.DistributedDataParallel
+    with pytest.raises(LaminaError, match="takes the bare module, not the DistributedDataParallel round it"):
+        rewrite(wrapper.__new__(wrapper), DropAttention(1, order="last"))
