@@ -13,9 +13,9 @@ from torch.nn import Parameter
 from lamina.anatomy._tree import widths
 
 _NAMES = {
-    "query": re.compile(r"^(to_?|w_?|linear_)?q(uery)?(_(proj|lin|linear))?$", re.IGNORECASE),
-    "key": re.compile(r"^(to_?|w_?|linear_)?k(ey)?(_(proj|lin|linear))?$", re.IGNORECASE),
-    "value": re.compile(r"^(to_?|w_?|linear_)?v(alue)?(_(proj|lin|linear))?$", re.IGNORECASE),
+    "query": re.compile(r"^(to_?|w_?|linear_)?(q|query)(_(proj|lin|linear))?$", re.IGNORECASE),
+    "key": re.compile(r"^(to_?|w_?|linear_)?(k|key)(_(proj|lin|linear))?$", re.IGNORECASE),
+    "value": re.compile(r"^(to_?|w_?|linear_)?(v|value)(_(proj|lin|linear))?$", re.IGNORECASE),
 }
 _FUSED = re.compile(r"qkv|c_attn|query_key_value|in_proj", re.IGNORECASE)
 _BY_HEAD = re.compile(r"query_key_value", re.IGNORECASE)
