@@ -32,7 +32,8 @@ decoded prototypes 0.35 to 0.43 of the distance to an image, three quarters name
 98.2 % with them and without, 97.7 % with the linear head. The bar, half a point of accuracy at most, is met by the mean
 (+0.6 points) and missed by one of the seeds, three images of 597 (0.5025 points); the interval is held to it, hence
 `direction only`. Nothing was tried to better it. The convolutions start as torch's do: from the official start
-(deviation 0.01) the same epochs gave 97.3 % on one seed, for the first ten are spent on getting under way.
+(deviation 0.01) the same epochs gave 97.3 % on one seed, for the first ten are spent on getting under way. On MNIST,
+beside the evidence, one seed: 94.6 % after its 15 epochs of deformed images, 8 classes covered; 96 % was hoped for.
 
 Limits: prototypes are of whole images, not of parts. The weights are free, so a prototype may speak against a class. A
 distance of latents is none of pixels, and what the encoder does before is not explained. Distances grow with the width
