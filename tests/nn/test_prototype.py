@@ -162,6 +162,7 @@ def test_the_start_is_the_official_one_and_the_seed_s() -> None:
     again, other = PrototypeHead(40, 10), PrototypeHead(40, 10, seed=1)
     assert torch.equal(again.linear.weight, head.linear.weight)
     assert not torch.equal(other.layer.prototypes, head.layer.prototypes)
+    assert not torch.equal(other.linear.weight, head.linear.weight)
     assert PrototypeLayer(50, 40, "normal").prototypes.min() < -2
     with torch.device("meta"):
         assert PrototypeHead(4, 3).layer.prototypes.is_meta
