@@ -38,7 +38,7 @@ EXAMPLES = [
         "model",
         "conv_monotone_dbm",
         {"tiers": TIERS, "classes": 3},
-        batch=lambda: {"pixel_values": levels(4, 16, 3).view(4, 1, 4, 4) / 2, "labels": torch.arange(4) % 3},
+        batch=lambda: {"inputs": levels(4, 16, 3).view(4, 4, 4), "labels": torch.arange(4) % 3},
         bad={"observed_fraction": 1.5},
         no_compile=LOOP,
     ),
@@ -195,6 +195,14 @@ def test_grey_levels_are_bins_of_equal_width() -> None:
         grey_levels(torch.tensor([0.0, 255.0]), 20)
     with pytest.raises(LaminaError, match="values from 0 to 1"):
         grey_levels(torch.tensor([torch.nan]), 20)
+
+
+def test_images_are_cut_into_the_grey_levels_of_the_pixels() -> None:
+    torch.manual_seed(0)
+    model, x = ConvMonotoneDBM(TIERS, 4).eval(), levels(2, 16, 3)
+    found = model(pixel_values=(x.view(2, 1, 4, 4) + 0.5) / 3)
+    assert torch.equal(found["states"]["pixel"], x)
+    assert torch.equal(found["logits"], model(x)["logits"])
 
 
 def test_the_paper_s_net_has_its_sizes() -> None:
