@@ -14,6 +14,8 @@ from lamina.errors import LaminaError
 from lamina.registry import find, names
 
 MODULES = "hugging_face images named sentences series tabular text tokens".split()
+AUGMENTED = {"elastically_deformed"}
+"""Training rows of these depend on the batch they are in: the same batch again is the same, another order is not."""
 BY_NAME: dict[str, Example] = {}
 for _module in MODULES:
     for _example in importlib.import_module(f"tests.data.test_{_module}").EXAMPLES:
@@ -24,8 +26,13 @@ def _options(example: Example, folder: Path, extra: dict[str, Any]) -> dict[str,
     for name, content in example.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    given = {**example.options, **extra}
-    return {k: v.replace("{folder}", str(folder)) if isinstance(v, str) else v for k, v in given.items()}
+    return _placed({**example.options, **extra}, folder)
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {k: _placed(v, folder) for k, v in value.items()}
+    return value.replace("{folder}", str(folder)) if isinstance(value, str) else value
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +51,12 @@ def test_every_set_gives_the_same_rows_again_and_in_any_order(name: str, tmp_pat
     for a, b in ((first.train, second.train), (first.evaluation, second.evaluation)):
         assert isinstance(a, data.Examples)
         rows = torch.arange(min(6, len(a)))
-        forward, backward = a.batch(rows), b.batch(rows.flip(0))
+        augmented = name in AUGMENTED and a is first.train
+        forward, backward = a.batch(rows), b.batch(rows if augmented else rows.flip(0))
         assert forward.keys() == backward.keys()
         for key, values in forward.items():
             assert values.is_contiguous() or key in ("inputs", "labels")
-            assert torch.equal(values, backward[key].flip(0)), key
+            assert torch.equal(values, backward[key] if augmented else backward[key].flip(0)), key
             assert not values.is_floating_point() or values.isfinite().all()
     batch = next(data.Loader(first.train, first.batch))
     assert {len(v) for v in batch.values()} == {first.batch}

@@ -57,7 +57,7 @@ EXAMPLES = [
     Example(
         "pass",
         "replace",
-        {"old": "linear", "new": "phm_linear", "options": {"n": 2}, "match": "*block*"},
+        {"old": "linear", "new": "phm_linear", "options": {"n": 2}, "match": "*.q*"},
         bad={"new": "phm"},
     ),
 ]

@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -82,7 +83,9 @@ def signature_of(target: Callable[..., Any]) -> Signature:
             slot, many = _find_slot(hint)
             options[p.name] = Option(p.name, hint, p.default, slot, many, p.kind is p.POSITIONAL_OR_KEYWORD)
     # torch's Module takes any keyword in order to refuse it: a module without a constructor of its own has no options.
-    bare = getattr(getattr(target, "__init__", None), "__qualname__", "") == "Module.__init__"
+    # Compared by identity, because torch.compile wraps that constructor the first time it runs.
+    torch_nn = sys.modules.get("torch.nn")
+    bare = torch_nn is not None and getattr(target, "__init__", None) is torch_nn.Module.__init__
     kinds = {p.kind for p in parameters}
     nameless = inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.POSITIONAL_ONLY in kinds
     return Signature(options, inspect.Parameter.VAR_KEYWORD in kinds and not bare, nameless and not bare)
