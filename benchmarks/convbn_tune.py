@@ -3,7 +3,7 @@
 Memory is the peak of a process of its own (resident, above what it held before the model was built), over two steps
 of SGD with momentum. The goal is the paper's saving for Faster R-CNN, ResNet-50, batch 2, float32: 22 %. The processes
 run with a fixed malloc threshold, so that what is resident is what tensors hold.
-Folding costs the same whatever the maps: at 224 pixels, batch 2 it is a tenth of a step, at 512 pixels a few hundredths.
+Folding costs the same whatever the maps: a tenth of a step at 224 pixels and batch 2, a few hundredths at 512 pixels.
 
 Run: OMP_NUM_THREADS=1 python -m benchmarks convbn_tune
 """
