@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import nn
-from torch.nn import Parameter
 
 from lamina.batches import Batch, bare
 from lamina.errors import LaminaError
 from lamina.nn.hypernetwork import HyperNetwork
-from lamina.objectives.objective import Losses, WeightedSum
-from lamina.recipe import build
+from lamina.objectives._penalized import Penalized
+from lamina.objectives.objective import Losses
 from lamina.registry import Slot, register
 
 
 @register("objective", "hypernetwork_drift", source="von Oswald et al. 2020, arXiv 1906.00695, equation 2")
-class HyperNetworkDrift(nn.Module):
+class HyperNetworkDrift(Penalized):
     """Another objective, plus what it costs to move the weights of remembered conditions.
 
     loss = base + weight * drift + magnitude_weight * |theta|^2, where drift is the mean over remembered conditions of
@@ -34,8 +32,6 @@ class HyperNetworkDrift(nn.Module):
         LaminaError: a negative weight, or (at the call) a model without a hypernetwork.
     """
 
-    needs: ClassVar[Literal["outputs", "model"]] = "model"
-
     def __init__(
         self,
         base: Annotated[Any, Slot("objective")] = "classification",
@@ -43,12 +39,10 @@ class HyperNetworkDrift(nn.Module):
         *,
         magnitude_weight: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(base)
         for name, value in (("weight", weight), ("magnitude_weight", magnitude_weight)):
             if not value >= 0:
                 raise LaminaError(f"{name} must be at least 0, got {value}")
-        # A sum of one term: it names the term and keeps whatever state it has.
-        self.base = WeightedSum([(1.0, build(base, "objective"))], ["task"])
         self.weight, self.magnitude_weight = weight, magnitude_weight
 
     def forward(self, model: nn.Module, batch: Batch) -> Losses:
@@ -64,23 +58,3 @@ class HyperNetworkDrift(nn.Module):
             found["loss"] = found["loss"] + self.magnitude_weight * magnitude
             found["magnitude"] = magnitude.detach()
         return found
-
-    def loss(self, outputs: Any, batch: Batch) -> Losses:
-        """Refuse: outputs do not show the weights.
-
-        Raises:
-            LaminaError: always.
-        """
-        raise LaminaError("hypernetwork_drift needs the model: call the objective, not its loss()")
-
-    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
-        """Yield the base's own parameters."""
-        yield from self.base.parameters()
-
-    def before_rewrite(self, model: nn.Module) -> None:
-        """Tell the base that the model is about to be rewritten."""
-        self.base.before_rewrite(model)
-
-    def set_progress(self, fraction: float) -> None:
-        """Tell the base how far training is."""
-        self.base.set_progress(fraction)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,9 +15,9 @@ from lamina import probe
 from lamina.batches import Batch, bare, call, first_input, logits
 from lamina.errors import LaminaError, ShapeError
 from lamina.nn.prototype import SOURCE, PrototypeLayer, prototype_penalties
-from lamina.objectives.objective import Losses, WeightedSum, target
+from lamina.objectives._penalized import PenalizedByWatching
+from lamina.objectives.objective import Losses, target
 from lamina.objectives.supervised import Classification
-from lamina.recipe import build
 from lamina.registry import Slot, register
 
 
@@ -96,7 +96,7 @@ class PrototypeObjective:
 
 
 @register("objective", source=f"{SOURCE}, equations 3 and 4")
-class PrototypePenalties(nn.Module):
+class PrototypePenalties(PenalizedByWatching[list[Tensor]]):
     """Another objective, plus the two penalties for the prototype layers of any model, such as a replaced head.
 
     loss = base + prototype_to_data * R1 + data_to_prototype * R2, see `PrototypeObjective`, with the distances that the
@@ -112,8 +112,6 @@ class PrototypePenalties(nn.Module):
         LaminaError: a negative weight, or (at the call) a model in which no prototype layer ran.
     """
 
-    needs: ClassVar[Literal["outputs", "model"]] = "model"
-
     def __init__(
         self,
         base: Annotated[Any, Slot("objective")] = "classification",
@@ -121,49 +119,13 @@ class PrototypePenalties(nn.Module):
         data_to_prototype: float = 0.05,
         gather: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(base)
         self.weights = {"prototype_to_data": prototype_to_data, "data_to_prototype": data_to_prototype}
         _check_weights(self.weights)
-        # A sum of one term: it names the term, shares a forward pass with what needs one, and keeps the term's state.
-        self.base = WeightedSum([(1.0, build(base, "objective"))], ["task"])
         self.gather = gather
-        self._seen: list[Tensor] | None = None
 
-    def forward(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the base's losses with the penalties added."""
-        with self._watching(model) as seen:
-            losses = self.base(model, batch)
-        return self._with_penalties(losses, seen)
-
-    @property
-    def observing(self) -> Callable[[nn.Module], AbstractContextManager[None]] | None:
-        """A context under which a forward pass leaves what `loss` needs; None where the base calls the model itself."""
-        return self._observe if self.base.needs == "outputs" else None
-
-    def loss(self, outputs: Any, batch: Batch) -> Losses:
-        """Return the losses of outputs computed under `observing`.
-
-        Raises:
-            LaminaError: they were not.
-        """
-        seen, self._seen = self._seen, None
-        if seen is None:
-            raise LaminaError("prototype_penalties needs the model: call the objective, not its loss()")
-        return self._with_penalties(self.base.loss(outputs, batch), seen)
-
-    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
-        """Yield the base's own parameters."""
-        yield from self.base.parameters()
-
-    def before_rewrite(self, model: nn.Module) -> None:
-        """Tell the base that the model is about to be rewritten."""
-        self.base.before_rewrite(model)
-
-    def set_progress(self, fraction: float) -> None:
-        """Tell the base how far training is."""
-        self.base.set_progress(fraction)
-
-    def _with_penalties(self, losses: Losses, seen: list[Tensor]) -> Losses:
+    def complete(self, losses: Losses, seen: list[Tensor]) -> Losses:
+        """Add R1 and R2 of every call of a prototype layer."""
         if not seen:
             raise LaminaError("prototype_penalties: the model has prototypes, and none of them was asked on this batch")
         found = [_penalties(distances, self.gather) for distances in seen]
@@ -172,13 +134,7 @@ class PrototypePenalties(nn.Module):
         return {**losses, "loss": total, **{name: term.detach() for name, term in terms.items()}}
 
     @contextmanager
-    def _observe(self, model: nn.Module) -> Iterator[None]:
-        with self._watching(model) as seen:
-            yield
-        self._seen = seen
-
-    @contextmanager
-    def _watching(self, model: nn.Module) -> Iterator[list[Tensor]]:
+    def watching(self, model: nn.Module) -> Iterator[list[Tensor]]:
         """Collect the distances that every prototype layer computes."""
         root = bare(model)
         paths = [p for p, m in root.named_modules() if isinstance(m, PrototypeLayer)]
