@@ -5,7 +5,7 @@ as rows and columns; class and register tokens in front have no place there: the
 residual carries them on. So a class token learns nothing of the image in these blocks: where all attentions go, a head
 that reads the class token alone answers the same to every image (this is logged); keep one attention by `match`, or
 read the mean of the cells. A mixer that has query, key, value and output projections of the same sizes takes over
-those of the attention, with the optimizer's state; options it needs in that place, it names in `instead_of_attention`.
+those of the attention, with the optimizer's state.
 Source: Yu et al., MetaFormer Is Actually What You Need for Vision (2022), arXiv 2111.11418.
 """
 
@@ -216,8 +216,7 @@ def _mixer(old: nn.Module, place: Place, decision: ReplaceDecision) -> nn.Module
         given["grid"] = decision.grid
         context = decision.prefix + math.prod(decision.grid)
     given |= {} if context is None else {"context": context}
-    own = getattr(registry.find("mixer", decision.new), "instead_of_attention", {})
-    mixer: nn.Module = factory("mixer", {"name": decision.new, **own, **decision.options})(**given)
+    mixer: nn.Module = factory("mixer", {"name": decision.new, **decision.options})(**given)
     if place.trunk.causal and not getattr(mixer, "causal", False):
         raise AnatomyError(
             f"{decision.new} is not known to be causal (no true attribute `causal`), but the attention at "
