@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lamina.errors import LaminaError, nearest
 
 Bounds = tuple[float, float]
+_Views = dict[tuple[torch.Size, ...], list[Tensor]]
 T = TypeVar("T")
 
 # Elements worked on at a time on the CPU: small enough that what one pass wrote is still in the cache for the next.
@@ -40,7 +41,7 @@ class LayerwiseOptimizer(Optimizer):
     def _transient(self) -> None:
         self.record = False
         self._recorded: list[tuple[list[Tensor], Tensor]] = []
-        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._scratch: dict[tuple[torch.device, torch.dtype], tuple[Tensor, _Views]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see torch. `adapt: bool` in it decides whether its tensors get the ratio.
@@ -139,13 +140,16 @@ class LayerwiseOptimizer(Optimizer):
 
     def _buffers(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Return one uninitialised buffer per tensor, cut out of memory that every step reuses."""
-        sizes = [t.numel() for t in like]
         key = like[0].device, like[0].dtype
-        whole = self._scratch.get(key)
-        if whole is None or whole.numel() < sum(sizes):
-            whole = self._scratch[key] = torch.empty(sum(sizes), device=key[0], dtype=key[1])
-        parts = torch.split_with_sizes(whole[: sum(sizes)], sizes)
-        return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+        shapes = tuple(t.shape for t in like)
+        whole, views = self._scratch.get(key) or (None, {})
+        if shapes not in views:  # Kept: cutting them anew takes as long as the arithmetic on small tensors.
+            sizes = [t.numel() for t in like]
+            if whole is None or whole.numel() < sum(sizes):
+                whole, views = self._scratch[key] = torch.empty(sum(sizes), device=key[0], dtype=key[1]), {}
+            parts = torch.split_with_sizes(whole[: sum(sizes)], sizes)
+            views[shapes] = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return views[shapes]
 
 
 def trust_ratio(x_norm: Tensor, u_norm: Tensor, *, phi: Bounds | None = None, clip: bool = False) -> Tensor:
@@ -157,7 +161,7 @@ def trust_ratio(x_norm: Tensor, u_norm: Tensor, *, phi: Bounds | None = None, cl
     Source: LAMB, arXiv 1904.00962, algorithm 2.
     """
     scale = x_norm if phi is None else x_norm.clamp(*phi)
-    ratio = torch.where((x_norm > 0) & (u_norm > 0), scale / u_norm, 1.0)
+    ratio = torch.where(torch.minimum(x_norm, u_norm) > 0, scale / u_norm, 1.0)
     return ratio.clamp(max=1.0) if clip else ratio
 
 

@@ -129,6 +129,8 @@ class LAMB(LayerwiseOptimizer):
             divisor = None
             if norm is not None and math.isfinite(group["max_grad_norm"] or math.inf):
                 divisor = (norm / group["max_grad_norm"]).clamp(min=1.0)
+            if layers:
+                torch._foreach_add_([self._state(p)["step"] for p in layers], 1)
             one_by_one = group["foreach"] is False
             for chunk in layerwise.chunks(layers, 0 if one_by_one else layerwise.chunk_limit(layers)):
                 work = _Layers(self, chunk, group, divisor)
@@ -220,7 +222,6 @@ class _Layers:
         options = {n: self.group[n] for n in names}
         for i, value in enumerate(self.values):
             x = wide(value)
-            self.steps[i] += 1
             u = lamb_update(x, self.gradients[i], self.exp_avgs[i], self.exp_avg_sqs[i], self.steps[i], **options)
             rate: Any = self.group["lr"]
             if self._adapts():
@@ -254,7 +255,6 @@ class _Layers:
         gradients = [g.contiguous() for g in self.gradients]
         if self.group["weight_decay"] and not self.group["decoupled"]:
             gradients = list(torch._foreach_add(gradients, values, alpha=self.group["weight_decay"]))
-        torch._foreach_add_(self.steps, 1)
         beta1, beta2 = self.group["betas"]
         # beta**inf is 0: an endless count switches the kernel's bias correction off.
         steps = self.steps if self.group["bias_correction"] else [torch.full_like(s, math.inf) for s in self.steps]
