@@ -37,5 +37,7 @@ class Example:
     """Why torch.compile(fullgraph=True) cannot take it; empty = it must."""
     only_ours: str = ""
     """Why a pass has no place in a foreign model (it undoes what another pass of ours did); empty = it must have."""
+    no_onnx: str = ""
+    """Which operation ONNX does not have; empty = torch.onnx.export must take it. Not looked at under `no_compile`."""
     no_autocast: str = ""
     """Why it cannot run under bf16 autocast; empty = it must."""

@@ -9,6 +9,7 @@ import torch
 from tests.contract.collect import label, make, of
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.utils._pytree import tree_leaves
 
 from lamina import io
 from lamina.batches import call
@@ -30,6 +31,15 @@ def feed(example):
         return lambda m: call(m, batch)
     inputs = example.inputs()
     return lambda m: m(*inputs)
+
+
+def arguments(example, module):
+    """What forward takes: positional tensors, named ones."""
+    torch.manual_seed(1)
+    if example.kind != "model":
+        return example.inputs(), {}
+    known = inspect.signature(module.forward).parameters
+    return (), {k: v for k, v in example.batch().items() if k in known and k != "labels"}
 
 
 def tensors(value):
@@ -182,17 +192,33 @@ def test_a_model_is_built_on_the_meta_device_without_memory(example):
 @pytest.mark.parametrize("example", [e for e in MODULES if not e.no_compile], ids=label)
 def test_torch_export_takes_it(example):
     module = seeded(example).eval()
-    torch.manual_seed(1)
-    if example.kind == "model":
-        known = inspect.signature(module.forward).parameters
-        positional, named = (), {k: v for k, v in example.batch().items() if k in known and k != "labels"}
-    else:
-        positional, named = example.inputs(), {}
+    positional, named = arguments(example, module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(module, positional, named)
     found, expected = exported.module()(*positional, **named), module(*positional, **named)
     for a, b in zip(tensors(expected), tensors(found), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow  # A second each; there are many.
+@pytest.mark.parametrize("example", [e for e in MODULES if not (e.no_compile or e.no_onnx)], ids=label)
+def test_onnx_runs_it_to_the_same_outputs(example, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    module = seeded(example).eval()
+    positional, named = arguments(example, module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(module, positional, kwargs=named, dynamo=True, verbose=False)
+    program.save(tmp_path / "module.onnx")
+    session = runtime.InferenceSession(tmp_path / "module.onnx", providers=["CPUExecutionProvider"])
+    fed = [t.numpy() for t in tree_leaves((positional, named)) if isinstance(t, Tensor)]
+    found = session.run(None, {i.name: t for i, t in zip(session.get_inputs(), fed, strict=True)})
+    found = [t for t in map(torch.from_numpy, found) if t.is_floating_point()]
+    with torch.no_grad():
+        expected = tensors(module(*positional, **named))
+    for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

@@ -38,6 +38,7 @@ EXAMPLES = [
         {"in_features": 6, "num_bins": 12, "num_frequencies": 4, "transform": "fft", "extra_classes": 2},
         features,
         bad={"num_frequencies": 0},
+        no_onnx="a complex FFT (torch pads it by constant_pad_nd); transform='matmul' exports",
     ),
 ]
 
