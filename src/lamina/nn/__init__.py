@@ -11,6 +11,8 @@ fourier_head    logits over ordered bins as a Fourier density; fourier_density: 
 hypercomplex    linear layers and convolutions with 1/n of the weights
 layout          sequence mixers on images and the other way round
 prototype       distances to learned prototypes; a head that decides by them
+random_feature_attention  frozen random heads over a set, values in closed form; random_feature_mlp: without the set
+ridge_regression  ridge regression on features of any kind, in blocks
 torch_layers    torch's activations and batch norms under the names recipes use
 """
 
@@ -75,3 +77,10 @@ from lamina.nn.prototype import prototype_penalties as prototype_penalties
 from lamina.nn.prototype import squared_distances as squared_distances
 from lamina.nn.proximal_softmax import ProxSoftmax as ProxSoftmax
 from lamina.nn.proximal_softmax import prox_softmax as prox_softmax
+from lamina.nn.random_feature_attention import RandomFeatureAttention as RandomFeatureAttention
+from lamina.nn.random_feature_attention import attention_features as attention_features
+from lamina.nn.random_feature_mlp import RandomFeatureMLP as RandomFeatureMLP
+from lamina.nn.random_feature_readout import fit_readout as fit_readout
+from lamina.nn.ridge_regression import RidgeFit as RidgeFit
+from lamina.nn.ridge_regression import fit_ridge as fit_ridge
+from lamina.nn.ridge_regression import ridge as ridge
