@@ -166,10 +166,14 @@ def _find(model: nn.Module, path: str | None) -> tuple[str, Any]:
                 f"{path!r} is a {type(layer).__name__}, no random-feature layer; these are: {[*found] or 'none'}"
             )
         return path, layer
-    if len(found) != 1:
+    if not found:
         raise AnatomyError(
-            f"{type(model).__name__} has {len(found)} random-feature layers {[*found] or ''}: "
-            + ("name one by path" if found else 'put one in, such as by Replace("head", "random_feature_mlp")')
+            f"{type(model).__name__} has no random-feature layer: put one in, such as by "
+            'Replace("head", "random_feature_mlp")'
+        )
+    if len(found) > 1:
+        raise AnatomyError(
+            f"{type(model).__name__} has {len(found)} random-feature layers, {[*found]}: name one by path"
         )
     return next(iter(found.items()))
 
