@@ -1,5 +1,6 @@
 """What every layer, norm, mixer, field and model must do, with nothing written by its author but an example."""
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lamina import io
 from lamina.batches import call
+from lamina.errors import LaminaError
 
 ALL = of("norm", "layer", "mixer", "field", "model")
 MODULES = [e for e in ALL if not e.size_of]
@@ -87,6 +89,22 @@ def test_forward_is_finite_and_gradients_reach_every_parameter(example):
             if p.requires_grad:
                 assert p.grad is not None, f"no gradient reaches {name}"
                 assert torch.isfinite(p.grad).all(), name
+
+
+PASSED_ON = {"hypernetwork", "data_condition"}
+"""The module that the user put inside takes x, and says what it thinks of it."""
+
+
+@pytest.mark.parametrize("example", MODULES, ids=label)
+@pytest.mark.parametrize("change", ["integers", "no examples"])
+def test_what_it_cannot_take_is_refused_in_a_sentence(example, change):
+    module = seeded(example).eval()
+    by_torch = any(c.__module__.startswith("torch.nn.modules") and c is not nn.Module for c in type(module).__mro__)
+    if example.kind == "model" or by_torch or example.name in PASSED_ON or not example.inputs()[0].is_floating_point():
+        pytest.skip("torch's own layer, or one whose input is another module's affair")
+    x, *rest = example.inputs()
+    with contextlib.suppress(LaminaError, TypeError):  # Or it takes it; torch's own errors get through.
+        module(x.mul(3).long() if change == "integers" else x[:0], *rest)
 
 
 @pytest.mark.parametrize("example", MODULES, ids=label)

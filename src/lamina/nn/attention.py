@@ -181,8 +181,10 @@ class Attention(nn.Module):
         )
 
     def _check(self, x: Tensor, attention_mask: Tensor | None, cache: KeyValueCache | None) -> int:
-        if x.dim() != 3 or x.shape[-1] != self.width:
-            raise ShapeError(f"Attention takes (batch, tokens, {self.width}), got {tuple(x.shape)}")
+        if x.dim() != 3 or x.shape[-1] != self.width or not x.is_floating_point():
+            raise ShapeError(
+                f"Attention takes floating-point (batch, tokens, {self.width}), got {x.dtype} {tuple(x.shape)}"
+            )
         if cache is not None and not self.causal:
             raise ValueError("a key-value cache needs causal attention: earlier tokens would have to see the new ones")
         past = 0 if cache is None else cache.length

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lamina.errors import LaminaError, ShapeError
 from lamina.nn import proximal_softmax as prox
 from lamina.nn._conjugate_gradient import mean_field_adjoint
+from lamina.nn._inputs import check_features
 from lamina.nn.fixed_point_solver import FixedPointInfo, Solver, fixed_point
 from lamina.nn.monotone_coupling import SOURCE, Coupling, MonotoneHollow, coupling_range
 from lamina.recipe import Node, factory
@@ -297,8 +298,7 @@ class EquilibriumHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits at the equilibrium."""
-        if x.shape[-1] != self.in_features:
-            raise ShapeError(f"EquilibriumHead was built for {self.in_features} features, got {x.shape[-1]}")
+        check_features("EquilibriumHead", x, self.in_features)
         direct = F.linear(x, self.weight, self.bias)
         bias = torch.cat([direct, self.hidden(x)], dim=-1)
         _, scores = self.equilibrium.solve(bias.flatten(0, -2) if x.dim() > 1 else bias[None])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import ShapeError
+from lamina.nn._inputs import check_features
 from lamina.nn.torch_layers import draw
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
@@ -25,7 +26,7 @@ class FeedForward(nn.Module):
         linear: both layers, built as linear(in, out, bias=).
         dropout: after the activation and after the second layer, in training.
     Raises:
-        ShapeError: a size is not positive.
+        ShapeError: a size is not positive, or x is not (..., width) of floating point.
     Source: Vaswani et al., Attention Is All You Need (2017), arXiv 1706.03762, equation 2.
     Example:
         >>> import torch
@@ -44,7 +45,7 @@ class FeedForward(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        hidden = _hidden(width, hidden, 4 * width)
+        self.width, hidden = width, _hidden(width, hidden, 4 * width)
         make = factory("layer", linear)
         self.up = make(width, hidden, bias=bias)
         self.activation: nn.Module = factory("layer", activation)()
@@ -53,6 +54,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it to every position."""
+        check_features("FeedForward", x, self.width)
         return self.dropout(self.down(self.dropout(self.activation(self.up(x)))))
 
     def initialise(self, std: float, out_std: float) -> None:
@@ -73,7 +75,7 @@ class SwiGLU(nn.Module):
         dropout: of the output, in training.
         linear: the three layers, built as linear(in, out, bias=).
     Raises:
-        ShapeError: a size is not positive.
+        ShapeError: a size is not positive, or x is not (..., width) of floating point.
     Source: N. Shazeer, GLU Variants Improve Transformer (2020), arXiv 2002.05202, equation 6.
     """
 
@@ -87,7 +89,7 @@ class SwiGLU(nn.Module):
         linear: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
-        hidden = _hidden(width, hidden, max(8, round(width / 3) * 8))
+        self.width, hidden = width, _hidden(width, hidden, max(8, round(width / 3) * 8))
         make = factory("layer", linear)
         self.gate, self.up = make(width, hidden, bias=bias), make(width, hidden, bias=bias)
         self.down = make(hidden, width, bias=bias)
@@ -95,6 +97,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it to every position."""
+        check_features("SwiGLU", x, self.width)
         return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
 
     def initialise(self, std: float, out_std: float) -> None:

@@ -14,6 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from lamina.errors import LaminaError, ShapeError
 from lamina.nn import _fourier_series as series
+from lamina.nn._inputs import check_features
 from lamina.registry import register
 
 SOURCE = "Gillman et al., Fourier Head (2024), arXiv 2410.22269"
@@ -140,12 +141,12 @@ class FourierDensity(nn.Module):
 
     def forward(self, x: Tensor) -> FourierDistribution:
         """Return the density of (..., in_features)."""
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ShapeError(f"FourierDensity takes (..., {self.in_features}), got {tuple(x.shape)}")
+        check_features("FourierDensity", x, self.in_features)
         re, im = series.parts(self.linear(x))
         series.refuse_non_finite(series.energy(re, im), "FourierDensity")
-        # A graph cannot look at values; elsewhere torch's own default decides.
-        return FourierDistribution(re, im, self.eps, validate_args=False if torch.compiler.is_compiling() else None)
+        # A graph cannot look at values, and torch's check of them cannot reshape none; else its own default decides.
+        blind = torch.compiler.is_compiling() or not re.numel()
+        return FourierDistribution(re, im, self.eps, validate_args=False if blind else None)
 
     def extra_repr(self) -> str:
         """Show the options."""

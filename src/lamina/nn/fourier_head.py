@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
 from lamina.nn import _fourier_series as series
+from lamina.nn._inputs import check_features
 from lamina.registry import register
 
 SOURCE = "Gillman et al., Fourier Head (2024), arXiv 2410.22269"
@@ -120,10 +121,7 @@ class FourierHead(nn.Module):
         return text + (f", extra_classes={self.extra_classes}" if self.extra_classes else "")
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ShapeError(f"FourierHead takes (..., {self.in_features}), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ShapeError(f"FourierHead takes floating-point features, got {x.dtype}")
+        check_features("FourierHead", x, self.in_features)
         return series.parts(self.linear(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourierHead:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import ShapeError
+from lamina.nn._inputs import check_features
 from lamina.registry import register
 
 SOURCE = "Chauhan et al. 2023, arXiv 2306.06955"
@@ -78,8 +79,7 @@ class HyperLinear(_Conditioned):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Apply each row's own weights."""
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ShapeError(f"HyperLinear takes (..., {self.in_features}), got {tuple(x.shape)}")
+        check_features("HyperLinear", x, self.in_features)
         self._check(x, c)
         if c.dim() == 1:
             return F.linear(x, *self._weights(c))
@@ -143,8 +143,10 @@ class HyperConv2d(_Conditioned):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Convolve each image with its own kernel."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ShapeError(f"HyperConv2d takes (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        if x.dim() != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:] or not x.is_floating_point():
+            raise ShapeError(
+                f"HyperConv2d takes floating-point (B, {self.in_channels}, H, W), got {x.dtype} {tuple(x.shape)}"
+            )
         self._check(x, c)
         weight, bias = self._weights(c)
         given = (self.stride, self.padding, self.dilation, self.groups)

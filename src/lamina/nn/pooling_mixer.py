@@ -147,3 +147,5 @@ def _checked(grid: tuple[int, int]) -> tuple[int, int]:
 def _check_grid(name: str, x: Tensor, grid: tuple[int, int]) -> None:
     if tuple(x.shape[2:]) != grid:
         raise ShapeError(f"{name} was built for a grid of {grid}, got {tuple(x.shape[2:])}: it is bound to one size")
+    if not x.is_floating_point():
+        raise ShapeError(f"{name} takes floating-point images, got {x.dtype} {tuple(x.shape)}")
