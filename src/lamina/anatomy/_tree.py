@@ -32,10 +32,10 @@ def channels(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell a normalisation: by class name, or a leaf whose weights are all vectors and that has an epsilon."""
+    """Tell a normalisation: by its class's name (or a base's), or a leaf of vectors that has an epsilon."""
     if widths(module) or channels(module) or any(widths(m) for m in module.modules()):
         return False
-    if "norm" in type(module).__name__.lower():
+    if any("norm" in c.__name__.lower() for c in type(module).__mro__):
         return True
     own = list(module.parameters())
     leaf = not any(True for _ in module.children())

@@ -31,8 +31,9 @@ class VisionTransformer(nn.Module):
         image: height and width in pixels; a multiple of patch.
         patch: height and width of a patch in pixels.
         norm: built as norm(width).
-        mixer: built as mixer(width=, heads=, context=, causal=False, grid=(rows, columns)), as far as it names them;
-            a mixer of layout "grid" runs on the patches alone, and the class token passes it by.
+        mixer: built as mixer(width=, heads=, context=, causal=False, grid=(rows, columns), prefix=), as far as it
+            names them (prefix: tokens before the grid's); a mixer of layout "grid" runs on the patches alone, and the
+            class token passes it by.
         feed_forward: built as feed_forward(width=, hidden=, dropout=), as far as it names them.
         hidden: channels inside the feed-forward; None = its own default (4 * width).
         pool: "class" (a class token, read at the end) or "mean" (of the patches; there is no class token).
@@ -77,7 +78,8 @@ class VisionTransformer(nn.Module):
         make_norm, make_mixer = factory("norm", norm), factory("mixer", mixer)
         make_feed_forward = factory("layer", feed_forward)
         check_linear(linear, make_mixer, make_feed_forward)
-        given: dict[str, Any] = {"width": width, "heads": heads, "context": context, "causal": False, "grid": grid}
+        given: dict[str, Any] = {"width": width, "heads": heads, "context": context, "causal": False}
+        given |= {"grid": grid, "prefix": prefix}
 
         def block() -> TransformerBlock:
             mixing = make_mixer(**given, linear=linear)

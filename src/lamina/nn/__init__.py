@@ -9,7 +9,9 @@ evonorm         norm and activation as one layer
 feed_forward    the plain and the gated position-wise network
 fourier_head    logits over ordered bins as a Fourier density; fourier_density: the density itself
 hypercomplex    linear layers and convolutions with 1/n of the weights
+linear_attention  attention in time linear in the tokens, for images
 layout          sequence mixers on images and the other way round
+progressive_norm  layer norm that ends as batch norm (PRepBN), and batch norm with a skip (RepBN)
 prototype       distances to learned prototypes; a head that decides by them
 random_feature_attention  frozen random heads over a set, values in closed form; random_feature_mlp: without the set
 ridge_regression  ridge regression on features of any kind, in blocks
@@ -63,6 +65,8 @@ from lamina.nn.layer_norm_recurrent import LayerNormRNN as LayerNormRNN
 from lamina.nn.layer_norm_recurrent import LayerNormRNNCell as LayerNormRNNCell
 from lamina.nn.layout import GridAsSequence as GridAsSequence
 from lamina.nn.layout import SequenceAsGrid as SequenceAsGrid
+from lamina.nn.linear_attention import SimplifiedLinearAttention as SimplifiedLinearAttention
+from lamina.nn.linear_attention import linear_attention as linear_attention
 from lamina.nn.monotone_coupling import Coupling as Coupling
 from lamina.nn.monotone_coupling import MonotoneHollow as MonotoneHollow
 from lamina.nn.monotone_coupling_conv import MonotoneHollowConv as MonotoneHollowConv
@@ -71,6 +75,8 @@ from lamina.nn.pooling_mixer import IdentityMixer as IdentityMixer
 from lamina.nn.pooling_mixer import PoolingMixer as PoolingMixer
 from lamina.nn.pooling_mixer import RandomMixer as RandomMixer
 from lamina.nn.pooling_mixer import SpatialLinearMixer as SpatialLinearMixer
+from lamina.nn.progressive_norm import PRepBN as PRepBN
+from lamina.nn.progressive_norm import RepBN as RepBN
 from lamina.nn.prototype import PrototypeHead as PrototypeHead
 from lamina.nn.prototype import PrototypeLayer as PrototypeLayer
 from lamina.nn.prototype import prototype_penalties as prototype_penalties

@@ -4,11 +4,14 @@ rewriting   the Pass protocol, rewrite(), history, replay
 replace     one kind of layer for another, weights carried where a map exists
 replace_norm_activation  batch norm and activation as one layer
 conv_bn     convolution and batch norm as one, for fine-tuning with frozen statistics
+progressive_norm  layer norms that turn into batch norm while trained; calibrate: their statistics
 fold        norms into the layers around them, for deployment
 hypercomplex  linear layers and convolutions with 1/n of the weights, and back
 drop        remove attention, feed-forward or whole blocks by similarity
 """
 
+from lamina.rewrite.calibrate import Calibrate as Calibrate
+from lamina.rewrite.calibrate import CalibrateDecision as CalibrateDecision
 from lamina.rewrite.conv_bn import ConvBN as ConvBN
 from lamina.rewrite.conv_bn import ConvBNDecision as ConvBNDecision
 from lamina.rewrite.conv_bn import activation_bytes as activation_bytes
@@ -27,6 +30,8 @@ from lamina.rewrite.hypercomplex import FoldHypercomplexDecision as FoldHypercom
 from lamina.rewrite.hypercomplex import Hypercomplex as Hypercomplex
 from lamina.rewrite.hypercomplex import HypercomplexDecision as HypercomplexDecision
 from lamina.rewrite.hypercomplex import HypercomplexLayer as HypercomplexLayer
+from lamina.rewrite.progressive_norm import ProgressiveNorm as ProgressiveNorm
+from lamina.rewrite.progressive_norm import ProgressiveNormDecision as ProgressiveNormDecision
 from lamina.rewrite.replace import Replace as Replace
 from lamina.rewrite.replace import ReplaceDecision as ReplaceDecision
 from lamina.rewrite.replace_norm_activation import ReplaceNormActivation as ReplaceNormActivation

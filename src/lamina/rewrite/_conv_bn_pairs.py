@@ -93,7 +93,7 @@ def norm_reason(norm: nn.Module) -> str:
     batches = getattr(norm, "num_batches_tracked", None)
     if getattr(norm, "momentum", 0.1) is None and batches is not None and not batches.is_meta and not batches.item():
         return "its statistics are the average of no batch yet (momentum=None)"
-    return _module_reason(norm)
+    return module_reason(norm)
 
 
 def _layer_before(model: nn.Module, path: str, links: Links, several: set[int]) -> tuple[str, str]:
@@ -130,10 +130,10 @@ def _layer_reason(layer: nn.Module) -> str:
         return "its weight has a parametrization: fold that first"
     if type(layer) not in LAYERS:
         return f"{name} is a class of its own, which may compute something else"
-    return _module_reason(layer)
+    return module_reason(layer)
 
 
-def _module_reason(module: nn.Module) -> str:
+def module_reason(module: nn.Module) -> str:
     """Say what keeps any module from being taken over; empty = nothing."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):

@@ -231,13 +231,14 @@ class _Watcher(TorchDispatchMode):
 
     def note(self, value: Any, reader: str) -> None:
         """Count a reader once per call, however many operations it takes."""
-        for tensor in _tensors(value):
+        for tensor in tensors_in(value):
             made = self.made.get(id(tensor))
             if made is not None and made.output is tensor and reader not in made.readers:
                 made.readers.append(reader)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in (nested) arguments, a result or a model's output."""
     items: Any = ()
     if isinstance(value, Tensor):
         yield value
@@ -248,4 +249,4 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = vars(value).values()
     for item in items:
-        yield from _tensors(item)
+        yield from tensors_in(item)

@@ -5,7 +5,8 @@ as rows and columns; class and register tokens in front have no place there: the
 residual carries them on. So a class token learns nothing of the image in these blocks: where all attentions go, a head
 that reads the class token alone answers the same to every image (this is logged); keep one attention by `match`, or
 read the mean of the cells. A mixer that has query, key, value and output projections of the same sizes takes over
-those of the attention, with the optimizer's state.
+those of the attention, with the optimizer's state. A mixer of sequences that names `grid` (and `prefix`) is told the
+rows and columns, and how many tokens stand before them.
 Source: Yu et al., MetaFormer Is Actually What You Need for Vision (2022), arXiv 2111.11418.
 """
 
@@ -73,15 +74,16 @@ def decide_attention(
             or masked tokens; an attention that is not one module.
         RecipeError: an option the mixer does not have, or `grid` for a mixer of sequences.
     """
-    layout = getattr(registry.find("mixer", new), "layout", "sequence")
-    if grid is not None and layout != "grid":
+    layout, on_grid = _layout(new), _is_of_images(new)
+    if grid is not None and not on_grid:
         raise RecipeError(f"grid is for mixers of images; {new} mixes sequences")
+    grid = options.get("grid") if grid is None else grid
     places = _places(model, match)
     causal = next((p.trunk.path for p in places if p.trunk.causal), None)
-    if layout == "grid" and causal is not None:
+    if on_grid and causal is not None:
         raise AnatomyError(f"{new} mixes whole images, but the attention below {causal!r} sees earlier tokens only")
-    cells, prefix = grid_of(model, places, data, grid) if layout == "grid" else (None, 0)
-    if prefix and len(places) == len(_places(model, None)):
+    cells, prefix = grid_of(model, places, data, grid) if on_grid else (None, 0)
+    if prefix and layout == "grid" and len(places) == len(_places(model, None)):
         _log.warning(
             "every attention of %s becomes %s: its %d class or register tokens will see nothing of the image; "
             "keep one attention by match=, or read the mean of the cells",
@@ -213,7 +215,7 @@ def _mixer(old: nn.Module, place: Place, decision: ReplaceDecision) -> nn.Module
     given |= {} if place.heads is None else {"heads": place.heads}
     context = place.context
     if decision.grid is not None:
-        given["grid"] = decision.grid
+        given |= {"grid": decision.grid, "prefix": decision.prefix}
         context = decision.prefix + math.prod(decision.grid)
     given |= {} if context is None else {"context": context}
     mixer: nn.Module = factory("mixer", {"name": decision.new, **decision.options})(**given)
@@ -222,7 +224,19 @@ def _mixer(old: nn.Module, place: Place, decision: ReplaceDecision) -> nn.Module
             f"{decision.new} is not known to be causal (no true attribute `causal`), but the attention at "
             f"{place.sublayer.path!r} is"
         )
-    return mixer if decision.grid is None else GridAsSequence(mixer, decision.grid, decision.prefix)
+    if decision.grid is None or _layout(decision.new) != "grid":
+        return mixer
+    return GridAsSequence(mixer, decision.grid, decision.prefix)
+
+
+def _layout(new: str) -> str:
+    return getattr(registry.find("mixer", new), "layout", "sequence")
+
+
+def _is_of_images(new: str) -> bool:
+    """Whether a mixer must know the grid of its tokens, whichever layout it takes them in."""
+    mixer = registry.find("mixer", new)
+    return _layout(new) == "grid" or "grid" in inspect.signature(mixer).parameters
 
 
 def _width(attention: nn.Module) -> int | None:

@@ -32,7 +32,9 @@ class Pass(Protocol[D]):
 
     Optional: `upgrade(decision, version)` (classmethod) turns a stored decision of an older version into today's;
     `conflicts(earlier)` returns a sentence why this pass cannot follow the given one, or None; `fits(model)` raises
-    where no data could make this pass work on the model, so that training learns of it before it begins.
+    where no data could make this pass work on the model, so that training learns of it before it begins;
+    `set_progress(fraction)` is told how far training is before the pass decides; `batches` is how many batches of
+    training data it wants to look at.
     """
 
     version: ClassVar[int]

@@ -19,7 +19,7 @@ from lamina.train.distributed import World
 from lamina.train.options import TrainOptions
 
 CALIBRATION_BATCHES = 4
-"""Batches of training data that a pass may look at."""
+"""Batches of training data that a pass may look at, unless it says how many it needs."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Scheduled:
         number = isinstance(self.at, (int, float)) and not isinstance(self.at, bool)
         if not (self.at in ("before", "after") or (number and 0 <= float(self.at) <= 1)):
             raise LaminaError(f"at must be 'before', 'after' or a fraction of training within 0..1, got {self.at!r}")
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of training that is over when it runs."""
+        return {"before": 0.0, "after": 1.0}[self.at] if isinstance(self.at, str) else float(self.at)
 
     def due(self, steps: int) -> int:
         """Return the number of steps done when it runs; -1 = before."""
@@ -61,14 +66,19 @@ def carry_out(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Rewrite a bare model; return it with a row for the metrics.
 
-    The objective is told first (`before_rewrite`); the pass sees a few fixed batches of the training data.
+    The objective is told first (`before_rewrite`), then the pass how far training is, if it asks (`set_progress`); the
+    pass sees a few fixed batches of the training data, or as many as its attribute `batches` says.
     """
+    progress = getattr(scheduled.one, "set_progress", None)
+    if progress is not None:
+        progress(scheduled.fraction)
     told = getattr(objective, "before_rewrite", None)
     if told is not None:
         told(model)
     before = {id(p): n for n, p in model.named_parameters()}
     model.eval()
-    result = rewrite(model, scheduled.one, data=Calibration(data, seed, device), optimizer=optimizer)
+    count = getattr(scheduled.one, "batches", CALIBRATION_BATCHES)
+    result = rewrite(model, scheduled.one, data=Calibration(data, seed, device, count), optimizer=optimizer)
     result.to(device)
     record = history(result)[-1]
     row = {
@@ -109,12 +119,12 @@ def replay_training(model: nn.Module, objective: Any, records: Sequence[Record])
 class Calibration:
     """A few fixed batches of the training data; drawn apart from the training loader, which they do not move."""
 
-    def __init__(self, data: Data, seed: int, device: torch.device) -> None:
-        self.data, self.seed, self.device = data, seed, device
+    def __init__(self, data: Data, seed: int, device: torch.device, count: int = CALIBRATION_BATCHES) -> None:
+        self.data, self.seed, self.device, self.count = data, seed, device, count
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         loader = Loader(self.data.train, self.data.batch, seed=self.seed)
-        for _ in range(CALIBRATION_BATCHES):
+        for _ in range(self.count):
             yield to_device(next(loader), self.device)
 
 
