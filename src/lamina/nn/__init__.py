@@ -8,6 +8,7 @@ equilibrium     mean field at its unique equilibrium: monotone couplings, proxim
 evonorm         norm and activation as one layer
 feed_forward    the plain and the gated position-wise network
 fourier_head    logits over ordered bins as a Fourier density; fourier_density: the density itself
+hopfield        association with stored patterns: mixer, pooling, look-up, memory; attention is one case of it
 hypercomplex    linear layers and convolutions with 1/n of the weights
 linear_attention  attention in time linear in the tokens, for images
 layout          sequence mixers on images and the other way round
@@ -38,6 +39,16 @@ from lamina.nn.fourier_head import FourierHead as FourierHead
 from lamina.nn.fourier_head import fourier_bins as fourier_bins
 from lamina.nn.fourier_head import fourier_penalty as fourier_penalty
 from lamina.nn.fourier_head import smoothness as smoothness
+from lamina.nn.hopfield import Hopfield as Hopfield
+from lamina.nn.hopfield_association import association_regimes as association_regimes
+from lamina.nn.hopfield_association import association_weights as association_weights
+from lamina.nn.hopfield_association import hopfield_energy as hopfield_energy
+from lamina.nn.hopfield_association import hopfield_update as hopfield_update
+from lamina.nn.hopfield_blocks import HopfieldDecoderLayer as HopfieldDecoderLayer
+from lamina.nn.hopfield_blocks import HopfieldEncoderLayer as HopfieldEncoderLayer
+from lamina.nn.hopfield_memory import HopfieldMemory as HopfieldMemory
+from lamina.nn.hopfield_pooling import HopfieldLayer as HopfieldLayer
+from lamina.nn.hopfield_pooling import HopfieldPooling as HopfieldPooling
 from lamina.nn.hypercomplex import PHConv1d as PHConv1d
 from lamina.nn.hypercomplex import PHConv2d as PHConv2d
 from lamina.nn.hypercomplex import PHConv3d as PHConv3d
