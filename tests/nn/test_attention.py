@@ -222,7 +222,7 @@ def test_bad_options(options: dict[str, object], error: type[Exception], words: 
 def test_bad_input() -> None:
     layer = make(context=4)
     x = torch.randn(2, 4, 16, dtype=torch.float64)
-    with pytest.raises(ShapeError, match=r"takes \(batch, tokens, 16\), got \(2, 4, 8\)"):
+    with pytest.raises(ShapeError, match=r"takes floating-point \(batch, tokens, 16\), got torch.float64 \(2, 4, 8\)"):
         layer(x[..., :8])
     with pytest.raises(ShapeError, match="has 5 tokens, the context is 4"):
         layer(torch.cat((x, x[:, :1]), 1))

@@ -367,6 +367,6 @@ def test_bad_input_is_met_with_a_sentence() -> None:
         layer(bias, 0.5 * seen, torch.ones_like(mask))
     with pytest.raises(LaminaError, match="one-hot"):
         layer(bias, torch.zeros_like(seen), torch.ones_like(mask))
-    with pytest.raises(ShapeError, match="built for 5 features, got 4"):
+    with pytest.raises(ShapeError, match=r"takes floating-point \(\.\.\., 5\), got torch.float32 \(2, 4\)"):
         EquilibriumHead(5, 3)(torch.zeros(2, 4))
     assert layer(bias[:0]).shape == (0, 7)

@@ -114,7 +114,7 @@ def test_the_functions_take_any_number_of_middle_dimensions():
 @pytest.mark.parametrize(
     ("x", "c", "sentence"),
     [
-        ((2, 4), (2, 3), r"takes \(\.\.\., 5\), got \(2, 4\)"),
+        ((2, 4), (2, 3), r"takes floating-point \(\.\.\., 5\), got torch.float32 \(2, 4\)"),
         ((2, 5), (2, 4), r"conditions \(3,\) or \(B, 3\), got \(2, 4\)"),
         ((2, 5), (3, 3), r"3 conditions for an input of shape \(2, 5\)"),
     ],
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused_with_its_shapes(x, c, sentence):
 
 
 def test_images_that_do_not_fit_are_refused():
-    with pytest.raises(ShapeError, match=r"takes \(B, 2, H, W\), got \(2, 3, 5, 5\)"):
+    with pytest.raises(ShapeError, match=r"takes floating-point \(B, 2, H, W\), got torch.float32 \(2, 3, 5, 5\)"):
         HyperConv2d(2, 4, 3, 3)(torch.zeros(2, 3, 5, 5), torch.zeros(3))
     with pytest.raises(ShapeError, match="groups 3 does not divide 2 and 4"):
         HyperConv2d(2, 4, 3, 3, groups=3)
