@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -368,6 +369,22 @@ def test_it_compiles_with_gradients_through_its_inputs_and_exports_with_any_batc
     exported = torch.export.export(made.eval(), (query, keys), dynamic_shapes=shapes).module()
     other = pair(8, 9, 5, seed=4, dtype=torch.float32)
     torch.testing.assert_close(exported(*other), made(*other))
+
+
+@pytest.mark.slow  # torch's exporter takes seconds.
+def test_onnx_runs_values_that_are_not_zero_to_the_same_outputs(tmp_path: Any) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    made, given = Trained(5, 6, out_features=2).eval(), example_inputs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(made, given, dynamo=True, verbose=False)
+    program.save(tmp_path / "layer.onnx")
+    session = runtime.InferenceSession(tmp_path / "layer.onnx", providers=["CPUExecutionProvider"])
+    fed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), given, strict=True)}
+    expected = made(*given).detach()
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(torch.from_numpy(session.run(None, fed)[0]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_function_takes_any_matrices() -> None:

@@ -225,7 +225,7 @@ def attention_features(
     """
     share = _share(keys, mask)
     flat = weight.transpose(0, 1).flatten(1)
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, keys, weight))
     # In a graph a loop over rows would fix their number.
     if needs_grad or torch.compiler.is_compiling():
         return _attend(query, keys, flat, share, mask, activation)
@@ -300,5 +300,5 @@ def _warn_of_norms(query: Tensor, keys: Tensor, mask: Tensor | None) -> None:
         warnings.warn(
             f"query and keys have norms of about {shown}, and random-feature attention is made for norms near 1 "
             "(scores grow with the square): pass normalize=True, or scale them",
-            stacklevel=3,
+            stacklevel=4,
         )

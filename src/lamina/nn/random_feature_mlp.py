@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamina.errors import LaminaError, ShapeError
+from lamina.errors import LaminaError
+from lamina.nn._inputs import check_features
 from lamina.nn.random_feature_readout import Penalty, RandomFeatureReadout, refuse_non_finite
 from lamina.registry import register
 
@@ -31,9 +32,7 @@ class MLPFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features."""
-        wanted = self.weight.shape[1] - 1
-        if x.dim() < 1 or x.shape[-1] != wanted or not x.is_floating_point():
-            raise ShapeError(f"RandomFeatureMLP takes floating-point (..., {wanted}), got {x.dtype} {tuple(x.shape)}")
+        check_features("RandomFeatureMLP", x, self.weight.shape[1] - 1)
         refuse_non_finite("RandomFeatureMLP", x)
         return F.relu(F.linear(x, self.weight[:, :-1], self.weight[:, -1]))
 
