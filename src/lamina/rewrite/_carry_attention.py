@@ -10,19 +10,27 @@ from lamina.anatomy import Projection, Projections, attention_projections
 from lamina.lineage import Lineage
 
 
-def offered(old: nn.Module, heads: int | None) -> dict[str, bool | int]:
+def offered(old: nn.Module, heads: int | None) -> dict[str, bool | int | float]:
     """Say which options make a successor with the same four projections: for `factory` to hand over."""
     found = attention_projections(old, heads)
     if found is None:
         return {}
-    given: dict[str, bool | int] = {
+    given: dict[str, bool | int | float] = {
         "bias": found.query.bias is not None,
         "output_bias": found.out.bias is not None,
     }
+    scale = _scale(old)
+    given |= {} if scale is None else {"scale": scale}
     if heads is not None and len(found.query.rows) % heads == 0:
         head_width = len(found.query.rows) // heads
         given |= {"head_width": head_width, "kv_heads": len(found.key.rows) // head_width}
     return given
+
+
+def _scale(old: nn.Module) -> float | None:
+    """Return what the attention says that it multiplies its scores by; None = it does not say."""
+    values = (getattr(m, name, None) for m in old.modules() for name in ("scaling", "scale"))
+    return next((v for v in values if isinstance(v, float) and v > 0), None)
 
 
 def carry_projections(old: nn.Module, new: nn.Module, heads: int | None, lineage: Lineage) -> bool:

@@ -6,7 +6,8 @@ residual carries them on. So a class token learns nothing of the image in these 
 that reads the class token alone answers the same to every image (this is logged); keep one attention by `match`, or
 read the mean of the cells. A mixer that has query, key, value and output projections of the same sizes takes over
 those of the attention, with the optimizer's state. A mixer of sequences that names `grid` (and `prefix`) is told the
-rows and columns, and how many tokens stand before them.
+rows and columns, and how many tokens stand before them. What a mixer further needs to compute what the attention did
+(no norms of its own, say), it tells by a static method `instead_of_attention(offered) -> options`.
 Source: Yu et al., MetaFormer Is Actually What You Need for Vision (2022), arXiv 2111.11418.
 """
 
@@ -218,6 +219,8 @@ def _mixer(old: nn.Module, place: Place, decision: ReplaceDecision) -> nn.Module
         given |= {"grid": decision.grid, "prefix": decision.prefix}
         context = decision.prefix + math.prod(decision.grid)
     given |= {} if context is None else {"context": context}
+    like_attention = getattr(registry.find("mixer", decision.new), "instead_of_attention", None)
+    given |= {} if like_attention is None else like_attention(given)
     mixer: nn.Module = factory("mixer", {"name": decision.new, **decision.options})(**given)
     if place.trunk.causal and not getattr(mixer, "causal", False):
         raise AnatomyError(
