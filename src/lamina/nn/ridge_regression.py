@@ -26,6 +26,9 @@ GROUP = 5
 NUMBERS_AT_ONCE = 2**24
 """How many features are held in float64 at a time."""
 
+STRIPS = 8
+"""In how many strips a symmetric product is made."""
+
 
 @dataclass(frozen=True)
 class RidgeFit:
@@ -193,6 +196,7 @@ class _Sums:
         self.count = 0
         self.phi, self.y = torch.zeros_like(origin), torch.zeros_like(origin_y)
         self.gram = origin.new_zeros(width, width)
+        """Its lower half."""
         self.cross = origin.new_zeros(width, outputs)
         self.squares = torch.zeros_like(origin_y)
 
@@ -201,7 +205,7 @@ class _Sums:
         self.count += len(phi)
         self.phi += phi.sum(0)
         self.y += y.sum(0)
-        self.gram.addmm_(phi.t(), phi)
+        _add_products(self.gram, phi.t())
         self.cross.addmm_(phi.t(), y)
         self.squares += y.square().sum(0)
 
@@ -209,7 +213,7 @@ class _Sums:
         """Return Gram matrix, cross products and squares of the targets about other points than the origins."""
         a, b, n = mean - self.origin, mean_y - self.origin_y, self.count
         moved = torch.outer(self.phi - n * a / 2, a)
-        gram = self.gram - moved - moved.t()
+        gram = _whole(self.gram) - moved - moved.t()
         cross = self.cross - torch.outer(self.phi, b) - torch.outer(a, self.y) + n * torch.outer(a, b)
         return gram, cross, self.squares - 2 * b * self.y + n * b.square()
 
@@ -259,7 +263,8 @@ class _Dual:
         self.mean = torch.cat([_double(c, y.device).mean(0) for c in self.columns])
         self.gram = y.new_zeros(len(y), len(y))
         for centred in self._centred():
-            self.gram.addmm_(centred, centred.t())
+            _add_products(self.gram, centred)
+        self.gram = _whole(self.gram)
 
     def choose(self, separate: bool) -> tuple[Tensor, Tensor]:
         train, held = ~self.held, self.held
@@ -315,6 +320,19 @@ def _home(phi: Tensor) -> torch.device:
 
 def _double(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device).to(torch.float64)
+
+
+def _add_products(gram: Tensor, x: Tensor) -> None:
+    """Add x @ x.T to the lower half of gram, strip by strip: little more than half of the work."""
+    step = -(-len(x) // STRIPS)
+    for start in range(0, len(x), step):
+        end = start + step
+        gram[start:end, :end].addmm_(x[start:end], x[:end].t())
+
+
+def _whole(lower: Tensor) -> Tensor:
+    """Return the symmetric matrix of a lower half."""
+    return lower.tril() + lower.tril(-1).t()
 
 
 def _grid(squares: Tensor, count: int) -> Tensor:
