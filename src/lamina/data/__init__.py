@@ -1,6 +1,7 @@
 """Data sets and the loader whose position is part of a checkpoint."""
 
 from lamina.data._at_hand import noting_files as noting_files
+from lamina.data.digit_images import digit_images as digit_images
 from lamina.data.examples import Columns as Columns
 from lamina.data.examples import Data as Data
 from lamina.data.examples import Examples as Examples

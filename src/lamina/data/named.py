@@ -15,6 +15,7 @@ from lamina.data._at_hand import from_hub, places
 from lamina.data._files import read
 from lamina.data._tables import read_columns, read_rows
 from lamina.data._tokenize import Tokenizer
+from lamina.data.digit_images import digit_images
 from lamina.data.examples import Data, split_rows
 from lamina.data.images import Images, decoded
 from lamina.data.sentence_pairs import SentencePairs, sentence_pairs
@@ -23,7 +24,7 @@ from lamina.data.series import from_values, numbers
 from lamina.data.tabular import from_arrays
 from lamina.data.text import text
 from lamina.data.tokens import from_tokens
-from lamina.errors import LaminaError, require
+from lamina.errors import LaminaError
 from lamina.registry import register
 
 
@@ -76,8 +77,8 @@ def digits(batch: int = 64, *, split: float = 0.2, seed: int = 0) -> Data:
 
     `pixel_values` (B, 1, 8, 8) from 0 to 1. Args as in `images`.
     """
-    found = require("sklearn.datasets", "experiments").load_digits()
-    whole = Images(found.images / 16, found.target, mean=0.0, std=1.0)
+    images, labels = digit_images()
+    whole = Images(images.numpy(), labels.numpy(), mean=0.0, std=1.0)
     train, held = split_rows(len(whole), split, seed)
     return Data(whole.select(train), whole.select(held) if split else None, batch, whole.sizes, "digits")
 

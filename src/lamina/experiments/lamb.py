@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamina.errors import require
+from lamina.data import digit_images
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.optim import LAMB, parameter_groups, sqrt_batch_rule, warmup_linear
 
@@ -116,8 +116,7 @@ def mlp() -> nn.Sequential:
 
 def digits(seed: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return scikit-learn's digits as (1437 training rows, 360 test rows), pixels in 0..1."""
-    data = require("sklearn.datasets", "experiments").load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
-    x = (torch.tensor(data.data, dtype=torch.float32) / 16)[order].to(device)
-    y = torch.tensor(data.target, dtype=torch.long)[order].to(device)
+    images, labels = digit_images()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    x, y = images.flatten(1)[order].to(device), labels[order].to(device)
     return (x[:1437], y[:1437]), (x[1437:], y[1437:])

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamina.errors import require
+from lamina.data import digit_images
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.nn import LayerNormLSTM
 
@@ -96,11 +96,9 @@ class Digits:
 
 def load_digits(device: torch.device) -> Digits:
     """Load the digits and split them 3 : 1, the same way for every seed."""
-    found = require("sklearn.datasets", "experiments").load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    x = torch.tensor(found.data[order] / 16, dtype=torch.float32, device=device)
-    y = torch.tensor(found.target[order], device=device)
-    cut = len(order) * 3 // 4
+    images, labels = digit_images(seed=0)
+    x, y = images.flatten(1).to(device), labels.to(device)
+    cut = len(y) * 3 // 4
     train = slice(0, 256 if smoke() else cut)
     return Digits(x[train], y[train], x[cut:], y[cut:])
 

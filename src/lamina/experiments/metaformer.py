@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamina.errors import require
+from lamina.data import digit_images
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.models import MetaFormer
 from lamina.recipe import Node
@@ -131,14 +131,13 @@ class Digits:
 
 def load_digits(device: torch.device) -> Digits:
     """Load the digits and split every class 70 : 30, the same way for every seed."""
-    found = require("sklearn.datasets", "experiments").load_digits()
+    images, labels = digit_images()
     rng = np.random.default_rng(0)
-    held = np.zeros(len(found.target), dtype=bool)
+    held = np.zeros(len(labels), dtype=bool)
     for label in range(10):
-        rows = rng.permutation(np.flatnonzero(found.target == label))
+        rows = rng.permutation(np.flatnonzero(labels.numpy() == label))
         held[rows[: round(0.3 * len(rows))]] = True
-    x = torch.tensor(found.images / 16, dtype=torch.float32, device=device)[:, None]
-    y, test = torch.tensor(found.target, device=device), torch.tensor(held, device=device)
+    x, y, test = images[:, None].to(device), labels.to(device), torch.tensor(held, device=device)
     x = (x - x[~test].mean()) / x[~test].std()
     return Digits(x[~test], y[~test], x[test], y[test])
 

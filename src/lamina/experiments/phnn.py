@@ -50,12 +50,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lamina.errors import require
+from lamina.data import digit_images
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.models import Transformer
 from lamina.nn import PHConv2d
@@ -129,11 +128,9 @@ class Digits:
 
 def load_digits(device: torch.device) -> Digits:
     """Split scikit-learn's digits 900 : 897, the same way for every seed; channels: as is, and moved by one pixel."""
-    found = require("sklearn.datasets", "experiments").load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    image = torch.tensor(found.images[order] / 16, dtype=torch.float32, device=device)
+    image, y = (t.to(device) for t in digit_images(seed=0))
     moved = [image, *(functional.pad(image, (dx, 0, dy, 0))[:, :8, :8] for dx, dy in ((1, 0), (0, 1), (1, 1)))]
-    x, y = torch.stack(moved, 1), torch.tensor(found.target[order], device=device)
+    x = torch.stack(moved, 1)
     return Digits(x[:900], y[:900], x[900:], y[900:])
 
 

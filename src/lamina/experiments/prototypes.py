@@ -51,13 +51,12 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamina.data import elastic_deformation, mnist
-from lamina.errors import LaminaError, require
+from lamina.data import digit_images, elastic_deformation, mnist
+from lamina.errors import LaminaError
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.models import PrototypeNetwork
 from lamina.nn import prototype_penalties
@@ -110,10 +109,8 @@ class Digits:
 
 def load_digits(device: torch.device) -> Digits:
     """Load the digits, split 1200 : 597 the same way for every seed."""
-    found = require("sklearn.datasets", "experiments").load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    x = torch.tensor(found.images[order] / 16, dtype=torch.float32, device=device)[:, None]
-    y = torch.tensor(found.target[order], dtype=torch.long, device=device)
+    images, y = (t.to(device) for t in digit_images(seed=0))
+    x = images[:, None]
     return Digits(x[:1200], y[:1200], x[1200:], y[1200:])
 
 

@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamina.errors import require
+from lamina.data import digit_images
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.nn import RandomFeatureAttention, RandomFeatureMLP, fit_ridge
 
@@ -164,10 +164,7 @@ def slope(errors: Errors, model: str, target: str) -> float:
 
 def digits(count: int, seed: int, device: torch.device) -> tuple[float, float]:
     """Return the accuracy of attention on the patches and of the flat features on the pixels, learned from `count`."""
-    found = require("sklearn.datasets", "experiments").load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    images = torch.tensor(found.images[order] / 16, dtype=torch.float32, device=device)
-    labels = torch.tensor(found.target[order], device=device)
+    images, labels = (t.to(device) for t in digit_images(seed=0))
     chosen = torch.randperm(1200, generator=torch.Generator().manual_seed(seed))[:count].to(device)
     test = slice(1200, None)
     query, keys = patches(images)
