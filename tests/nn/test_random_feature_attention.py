@@ -14,7 +14,7 @@ from tests.contract.example import Example
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
-from lamina.nn import RandomFeatureAttention, attention_features, random_feature_attention
+from lamina.nn import RandomFeatureAttention, attention_features, fit_ridge, random_feature_attention
 from lamina.nn.random_feature_mlp import expected_product
 
 
@@ -154,17 +154,19 @@ def test_gradients_to_query_keys_and_values_are_right(activation: Any) -> None:
     assert torch.autograd.gradcheck(run, given)
 
 
-def test_rows_in_pieces_are_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, (query, keys) = layer(), pair(7, 4, 5)
+@pytest.mark.parametrize("activation", ["relu", "softmax"])
+def test_rows_in_pieces_are_the_rows_at_once(monkeypatch: pytest.MonkeyPatch, activation: Any) -> None:
+    made, (query, keys) = layer(activation=activation), pair(7, 4, 5)
     mask = torch.rand(7, 4, generator=torch.Generator().manual_seed(1)) < 0.7
     mask[:, 1] = True
     for masked in (None, mask):
         whole = made.features(query, keys, masked)
-        other = made.kernel((query, keys), (query[:2], keys[:2]))
         monkeypatch.setattr(random_feature_attention, "NUMBERS_AT_ONCE", 80)
         torch.testing.assert_close(made.features(query, keys, masked), whole)
-        torch.testing.assert_close(made.kernel((query, keys), (query[:2], keys[:2])), other)
         monkeypatch.undo()
+    whole = layer().kernel((query, keys, mask), (query[:2], keys[:2]))
+    monkeypatch.setattr(random_feature_attention, "NUMBERS_AT_ONCE", 80)
+    torch.testing.assert_close(layer().kernel((query, keys, mask), (query[:2], keys[:2])), whole)
 
 
 def test_frozen_matrices_have_the_deviation_the_mean_and_the_seed_asked_for() -> None:
@@ -330,16 +332,17 @@ def test_what_was_fitted_is_saved_and_class_numbers_are_ones_against_the_rest() 
 
 
 def test_it_is_fitted_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, pieces, (query, keys) = layer(heads=40), layer(heads=40), pair(90, 4, 5)
+    pieces, (query, keys) = layer(heads=40), pair(90, 4, 5)
     mask = torch.rand(90, 4, generator=torch.Generator().manual_seed(1)) < 0.7
     mask[:, 1] = True
     y = (mask * keys[..., 0]).sum(1)
     monkeypatch.setattr(random_feature_attention, "FITTED_AT_ONCE", 240)
     assert len(list(pieces._blocks(query, keys, mask, y))) == 90
     chosen = pieces.fit(query, keys, y, mask=mask)
-    monkeypatch.undo()
-    assert whole.fit(query, keys, y, mask=mask) == pytest.approx(chosen)
-    torch.testing.assert_close(pieces.value, whole.value, rtol=1e-6, atol=1e-9)
+    expected = fit_ridge(pieces.features(query, keys, mask), y)
+    assert chosen == pytest.approx(float(expected.penalty))
+    torch.testing.assert_close(pieces.value.detach().flatten(), expected.weights, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(pieces.intercept[0], expected.intercept)
 
 
 def test_many_layers_run_at_once_under_vmap() -> None:
