@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError, ShapeError
-from lamina.nn import fit_ridge, ridge, ridge_regression
+from lamina.nn import _ridge_system, fit_ridge, ridge, ridge_regression
 
 Case = tuple[Tensor, Tensor]
 
@@ -67,9 +67,12 @@ def test_blocks_of_any_size_give_what_the_whole_gives(rows: int, width: int, pen
 def test_few_numbers_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [case(60, 12), case(12, 60)]
     whole = [fit_ridge(x, y) for x, y in cases]
-    monkeypatch.setattr(ridge_regression, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr(_ridge_system, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr(ridge_regression, "SUMMED_FROM", 3)
     for (x, y), expected in zip(cases, whole, strict=True):
         torch.testing.assert_close(fit_ridge(x, y).weights, expected.weights, rtol=1e-8, atol=1e-9)
+        pieces = zip(x.split(2), y.split(2), strict=True)
+        torch.testing.assert_close(fit_ridge(pieces).weights, expected.weights, rtol=1e-8, atol=1e-9)
 
 
 def held_rows(rows: int, seed: int = 0) -> Tensor:
@@ -81,7 +84,7 @@ def held_rows(rows: int, seed: int = 0) -> Tensor:
 def test_the_penalty_is_the_best_of_the_grid_on_the_held_out_rows(rows: int, width: int, separate: bool) -> None:
     x, y = case(rows, width)
     held = held_rows(rows)
-    grid = ridge_regression.GRID * (x - x[~held].mean(0)).square().sum(1).mean() / rows
+    grid = torch.tensor(_ridge_system.GRID, dtype=torch.float64) * (x - x[~held].mean(0)).square().sum(1).mean() / rows
     errors = []
     for penalty in grid.tolist():
         weights, intercept = ridge(x[~held], y[~held], penalty)
