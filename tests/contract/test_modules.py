@@ -10,7 +10,7 @@ import torch
 from tests.contract.collect import label, make, of
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lamina import io
 from lamina.batches import call
@@ -205,6 +205,21 @@ def test_a_model_is_built_on_the_meta_device_without_memory(example):
     real = seeded(example)
     assert all(p.is_meta for p in model.parameters())
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+
+
+@pytest.mark.parametrize("example", MODULES, ids=label)
+def test_without_memory_it_gives_the_shapes_or_says_that_it_needs_numbers(example):
+    """`lamina check` and the start of `lamina train` send a batch through a model on meta."""
+    module = seeded(example).eval()
+    positional, named = arguments(example, module)
+    expected = [t.shape for t in tensors(module(*positional, **named))]
+    positional, named = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (positional, named))
+    try:
+        found = module.to("meta")(*positional, **named)
+    except (NotImplementedError, RuntimeError) as error:
+        assert isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+    else:
+        assert [t.shape for t in tensors(found)] == expected
 
 
 @pytest.mark.parametrize("example", [e for e in MODULES if not e.no_compile], ids=label)

@@ -10,7 +10,7 @@ from lamina.models import ResNet, Transformer
 from lamina.objectives import Classification, NextToken
 from lamina.recipe import load
 from lamina.rewrite import DropAttention
-from lamina.train.preflight import refuse_misfits, try_batch
+from lamina.train.preflight import refuse_batch, refuse_misfits, try_batch
 from lamina.train.run import train
 
 
@@ -86,3 +86,26 @@ train: {steps: 2}
         train(load(text, [override]), folder=tmp_path / "run")
     assert sentence.partition(": ")[2] in str(caught.value)
     assert str(caught.value).startswith(("override", "recipe:"))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            "{name: vision_transformer, image: 16, patch: 2, depth: 1, width: 8, heads: 2}",
+            r"takes \(batch, \(1, 16, 16",
+        ),
+        ("{name: resnet20, norm: layer_norm}", r".*normalized_shape=\[16\]"),
+    ],
+)
+def test_training_refuses_a_model_that_no_batch_passes_through(tmp_path, model: str, words: str) -> None:
+    text = f"model: {model}\ndata: {{name: digits, batch: 4}}\nobjective: classification\ntrain: {{steps: 2}}\n"
+    with pytest.raises(RecipeError, match=r"model: a batch of the data .*does not fit: .*" + words):
+        train(load(text + "optimizer: {name: adamw, lr: 1e-3}\n"), folder=tmp_path / "run")
+
+
+def test_parts_that_are_there_already_stay_where_they_are() -> None:
+    table = nn.Linear(3, 3)
+    refuse_batch({"name": "transformer", "norm": table}, rows())
+    refuse_batch(table, rows())
+    assert not table.weight.is_meta

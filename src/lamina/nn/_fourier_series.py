@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.nn._precision import without_autocast
 
 POINTS_AT_ONCE = 2**22
 """Points times frequencies that are held in memory at once while a series is summed."""
@@ -78,8 +78,7 @@ def waves(num_frequencies: int, bins: int, dtype: torch.dtype) -> Tensor:
 
 def power_by_matmul(re: Tensor, im: Tensor, table: Tensor) -> Tensor:
     """Return |A(b_j)|^2 at the bin centres, (..., bins), by one product with `waves`."""
-    # There is no autocast on the meta device to turn off.
-    with nullcontext() if re.is_meta else torch.autocast(re.device.type, enabled=False):
+    with without_autocast(re.device):
         real, imaginary = (torch.cat([re, im], -1) @ table.to(re.dtype)).chunk(2, dim=-1)
     return real.square() + imaginary.square()
 

@@ -5,11 +5,10 @@ n = number of terms and of blocks a side; p, q = rows and columns of a block; k 
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
+
+from lamina.nn._precision import without_autocast
 
 
 def kron_sum(A: Tensor, F: Tensor) -> Tensor:
@@ -79,16 +78,6 @@ def nearest_blocks(weight: Tensor, A: Tensor) -> tuple[Tensor, float]:
     norm = blocks.norm()
     error = (blocks - basis @ content).norm() / norm if norm > 0 else norm
     return content.view(n, *_block_shape(weight, n)), float(error)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Turn autocast off inside, where it is on."""
-    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
-
-
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for a device (there is none on meta)."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _block_shape(weight: Tensor, n: int) -> tuple[int, ...]:

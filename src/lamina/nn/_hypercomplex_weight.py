@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lamina.errors import RecipeError, ShapeError, nearest
-from lamina.nn._hypercomplex_kron import autocasts, kron_sum, nearest_blocks, nearest_kron_sum
+from lamina.nn._hypercomplex_kron import kron_sum, nearest_blocks, nearest_kron_sum
+from lamina.nn._precision import autocasts
 
 Init = Literal["variance", "official", "algebra"]
 AlgebraOption = Literal["learned", "complex", "quaternion"] | Tensor | Sequence[Sequence[Sequence[float]]]

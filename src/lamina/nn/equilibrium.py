@@ -20,6 +20,7 @@ from lamina.errors import LaminaError, ShapeError
 from lamina.nn import proximal_softmax as prox
 from lamina.nn._conjugate_gradient import mean_field_adjoint
 from lamina.nn._inputs import check_features
+from lamina.nn._precision import without_autocast
 from lamina.nn.fixed_point_solver import FixedPointInfo, Solver, fixed_point
 from lamina.nn.monotone_coupling import SOURCE, Coupling, MonotoneHollow, coupling_range
 from lamina.recipe import Node, factory
@@ -130,7 +131,7 @@ class MeanFieldEquilibrium(nn.Module):
         """Return the marginals and the scores Phi q + bias that they are the softmax of, both (B, dim), float32."""
         blocks = self.phi.blocks
         blocks.check(bias, "bias")
-        with torch.autocast(bias.device.type, enabled=False):
+        with without_autocast(bias.device):
             prepared = self.phi.prepare()
             wide = bias.to(prepared[0].dtype)
             held = _clamped(self.phi, wide, observed, mask)

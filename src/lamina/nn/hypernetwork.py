@@ -32,6 +32,7 @@ from lamina.nn._hypernetwork_options import (
     without_row,
 )
 from lamina.nn._hypernetwork_state import Memory, keep_statistics
+from lamina.nn._precision import without_autocast
 from lamina.nn.hypernetwork_conditions import Condition, JointCondition, TaskCondition
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
@@ -313,7 +314,7 @@ class HyperNetwork(nn.Module):
 
     def _generate(self, codes: Tensor) -> dict[str, Tensor]:
         """Return the weights (B, *shape) of codes (B, C), by name."""
-        with torch.autocast(codes.device.type, enabled=False):
+        with without_autocast(codes.device):
             like = next(self.generator.heads.parameters())
             emitted = self.generator(codes.to(like.dtype))
             return {e.name: self._weight(i, e, emitted[i]) for i, e in enumerate(self.entries)}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lamina.errors import ShapeError
+from lamina.nn._precision import without_autocast
 from lamina.registry import register
 
 
@@ -79,14 +80,14 @@ class SimplifiedLinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens."""
         tokens = self.prefix + math.prod(self.grid)
-        if x.dim() != 3 or x.shape[1:] != (tokens, self.width):
+        if x.dim() != 3 or x.shape[1:] != (tokens, self.width) or not x.is_floating_point():
             raise ShapeError(
-                f"SimplifiedLinearAttention of a grid of {self.grid} and {self.prefix} tokens before it takes (batch, "
-                f"{tokens}, {self.width}), got {tuple(x.shape)}"
+                f"SimplifiedLinearAttention of a grid of {self.grid} and {self.prefix} tokens before it takes "
+                f"floating-point (batch, {tokens}, {self.width}), got {x.dtype} {tuple(x.shape)}"
             )
         position = F.pad(self.position, (0, 0, self.prefix, 0)) if self.prefix else self.position
         q, k, v = F.relu(self.query(x)), F.relu(self.key(x) + position), self.value(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
             mixed = self._attend(q, k, v) + self._convolve(v)
         return self.out(mixed.to(self.out.weight.dtype))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
+from lamina.nn._precision import without_autocast
 from lamina.nn._state_blocks import Run, StateBlocks
 from lamina.nn.fixed_point_solver import extreme_eigenvalues
 from lamina.registry import register
@@ -53,7 +54,7 @@ class MonotoneCoupling(nn.Module):
     def forward(self, q: Tensor) -> Tensor:
         """Return Phi q; (B, dim) -> same."""
         self.blocks.check(q, "q")
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             prepared = self.prepare()
             return self.product(q.to(prepared[0].dtype), *prepared).to(q.dtype)
 

@@ -6,7 +6,6 @@ Source: Li, Liu, Chen, Rudin, Deep Learning for Case-Based Reasoning through Pro
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
 from lamina.nn import _prototype_clusters as clusters
+from lamina.nn._precision import without_autocast
 from lamina.registry import register
 
 SOURCE = "Li, Liu, Chen, Rudin, Deep Learning for Case-Based Reasoning through Prototypes (2018), arXiv 1710.04806"
@@ -143,7 +143,7 @@ class PrototypeHead(nn.Module):
 
     def logits(self, distances: Tensor) -> Tensor:
         """Return the logits (..., K) of squared distances (..., m), in their dtype."""
-        with nullcontext() if distances.is_meta else torch.autocast(distances.device.type, enabled=False):
+        with without_autocast(distances.device):
             return F.linear(distances, self.linear.weight.to(distances.dtype))
 
     def contributions(self, z: Tensor) -> Tensor:
@@ -219,8 +219,7 @@ def squared_distances(z: Tensor, prototypes: Tensor) -> Tensor:
     if not (z.is_floating_point() and prototypes.is_floating_point()):
         raise ShapeError(f"squared_distances takes floating-point values, got {z.dtype} and {prototypes.dtype}")
     dtype = torch.promote_types(torch.promote_types(z.dtype, prototypes.dtype), torch.float32)
-    # There is no autocast on the meta device to turn off.
-    with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         p = prototypes.to(dtype)
         middle = p.mean(0).detach()
         p, rows = p - middle, (z.to(dtype) - middle).reshape(-1, z.shape[-1])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
+from lamina.nn._precision import without_autocast
 from lamina.registry import register
 
 SOURCE = "Feng, Winston, Kolter, Monotone deep Boltzmann machines (2023), arXiv 2307.04990"
@@ -79,7 +80,7 @@ def prox_softmax(
     if not x.is_floating_point():
         raise LaminaError(f"prox_softmax needs floating-point scores, got {x.dtype}")
     wide = x if x.dtype == torch.float64 else x.float()
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         made: Tensor = _ProxSoftmax.apply(wide, alpha, dim, tol, max_iter, start)
     return made.to(x.dtype)
 

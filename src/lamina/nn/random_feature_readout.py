@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lamina.anatomy import get, undisturbed
 from lamina.batches import Batch, bare, to_device
 from lamina.errors import AnatomyError, LaminaError, ShapeError
+from lamina.nn._precision import without_autocast
 from lamina.nn.ridge_regression import fit_ridge
 from lamina.probe import run_captured
 
@@ -47,8 +47,7 @@ class RandomFeatureReadout(nn.Module):
     def read(self, features: Tensor) -> Tensor:
         """Return the outputs (..., out_features) of features (..., F), in the dtype of the values, autocast or not."""
         value = self.value.flatten(1)
-        # There is no autocast on the meta device to turn off.
-        with nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return F.linear(features.to(value.dtype), value, self.intercept)
 
     @torch.no_grad()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lamina.anatomy import describe
+from lamina.batches import call
 from lamina.data import Data
 from lamina.errors import AnatomyError, LaminaError
 from lamina.objectives.objective import Objective
+from lamina.recipe import build
 from lamina.recipe._options import Misfit
 from lamina.rewrite.rewriting import Pass
 
@@ -38,7 +40,25 @@ def refuse_misfits(model: nn.Module, sizes: Mapping[str, Any], passes: Sequence[
         raise Misfit("rewrite[0]", str(error)) from error
 
 
-def try_batch(model: nn.Module, objective: Objective, data: Data) -> str | None:
+def refuse_batch(node: Any, data: Data) -> None:
+    """Refuse the node of a model that no batch of the data passes through; neither weights nor memory are needed.
+
+    Nothing is said of a model that cannot be built or run on `meta`, or has parts that are built already.
+
+    Raises:
+        RecipeError: with the shapes of the batch and the words of the layer that does not take them.
+    """
+    if not _only_names(node):
+        return
+    try:
+        with torch.device("meta"):
+            model: nn.Module = build(node, "model", **data.sizes)
+    except (NotImplementedError, RuntimeError):
+        return
+    try_batch(model.to("meta"), call, data)
+
+
+def try_batch(model: nn.Module, objective: Objective | Callable[..., Any], data: Data) -> str | None:
     """Send one batch through a model on `meta`, where nothing is computed; return why it could not be tried, or None.
 
     Raises:
@@ -59,6 +79,15 @@ def try_batch(model: nn.Module, objective: Objective, data: Data) -> str | None:
             "model", f"a batch of the data ({shapes}) does not fit: {type(error).__name__}: {words}"
         ) from error
     return None
+
+
+def _only_names(node: Any) -> bool:
+    """Say whether building the node makes everything anew: a part that is there would be shared with the real model."""
+    if isinstance(node, Mapping):
+        return all(map(_only_names, node.values()))
+    if isinstance(node, (list, tuple)):
+        return all(map(_only_names, node))
+    return node is None or isinstance(node, (str, int, float, type))
 
 
 def _vocabulary(model: nn.Module) -> int | None:

@@ -29,7 +29,7 @@ from lamina.train.folder import MAY_DIFFER
 from lamina.train.options import TrainOptions
 from lamina.train.outcome import Run
 from lamina.train.phases import Scheduled
-from lamina.train.preflight import refuse_misfits
+from lamina.train.preflight import refuse_batch, refuse_misfits
 from lamina.train.trainer import Trainer
 
 RECIPE, MODEL = "recipe.yaml", "model"
@@ -75,6 +75,7 @@ def trainer(recipe: Recipe, world: World, folder: Path | None) -> Trainer:
     """Build everything a checked recipe names; the weights are drawn from the seed of `train`."""
     options = TrainOptions(**recipe.train)
     data: Data = build(recipe.data, "data")
+    refuse_batch(recipe.model, data)
     torch.manual_seed(options.seed)
     model: nn.Module = build(recipe.model, "model", **data.sizes)
     refuse_misfits(model, data.sizes, [build(node, "pass", f"rewrite[{i}]") for i, node in enumerate(recipe.rewrite)])
