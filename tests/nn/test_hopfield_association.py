@@ -200,6 +200,7 @@ def test_the_regimes_of_heads_by_hand() -> None:
         (lambda: hopfield_update(drawn(2, 3, 4), drawn(3, 5, 4), 1.0), ShapeError, r"leading dimensions \(2,\)"),
         (lambda: hopfield_update(drawn(3, 4), drawn(0, 4), 1.0), ShapeError, "nothing is stored"),
         (lambda: hopfield_energy(torch.ones(3, 4, dtype=torch.long), drawn(5, 4), 1.0), ShapeError, "floats.*int64"),
+        (lambda: hopfield_update(drawn(3, 4).half(), drawn(5, 4), 1.0), ShapeError, "one kind, got torch.float16"),
         (lambda: hopfield_update(drawn(3, 4), drawn(5, 4), 0.0), ValueError, "beta must be positive and finite, got 0"),
         (lambda: hopfield_energy(drawn(3, 4), drawn(5, 4), math.nan), ValueError, "beta"),
         (lambda: hopfield_update(drawn(3, 4), drawn(5, 4), 1.0, steps=-1), ValueError, "steps must not be negative"),

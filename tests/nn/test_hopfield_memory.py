@@ -18,6 +18,10 @@ def on_sphere(count: int, width: int, seed: int = 0) -> Tensor:
 
 def test_states_of_any_shape_are_updated_and_weights_say_by_what() -> None:
     memory = HopfieldMemory(on_sphere(9, 5), beta=0.7)
+    half = memory.retrieve(torch.ones(5, dtype=torch.bfloat16))
+    assert half.dtype is torch.bfloat16
+    exact = memory.retrieve(torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(half.double(), exact, rtol=1e-2, atol=1e-2)
     for shape in ((5,), (3, 5), (2, 3, 5)):
         state = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         expected = hopfield_update(state.view(-1, 5), memory.patterns, 0.7, steps=3).view(shape)

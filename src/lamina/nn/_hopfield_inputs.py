@@ -73,7 +73,7 @@ def association_of(
             raise ShapeError(
                 f"association_mask must be {wanted[0]} or {wanted[1]}, got {tuple(association_mask.shape)}"
             )
-        given = association_mask.view(-1, heads if association_mask.dim() == 3 else 1, states, patterns)
+        given = association_mask.reshape(-1, heads if association_mask.dim() == 3 else 1, states, patterns)
         if given.dtype is torch.bool:
             mask = ~given if mask is None else mask & ~given
         else:

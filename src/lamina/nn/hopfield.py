@@ -193,7 +193,7 @@ class Hopfield(nn.Module):
             attention_mask: (B, N) bool or 0/1, True = a real pattern (with a cache: over all its tokens too).
             positions: (T,) or (B, T) whole numbers, for rotary; None = counted on from the cache's length.
             cache: keys and values of earlier tokens; this call appends to it. Causal, one tensor.
-            key_padding_mask: (B, N), True = ignore; instead of attention_mask.
+            key_padding_mask: (B, N), True = ignore, or torch's float form (0 and -inf); instead of attention_mask.
             association_mask: (S, N) or (B * heads, S, N); bool True = forbidden, or a float added to the scores.
             return_weights: of the last association, before dropout; learned and zero rows last.
         """

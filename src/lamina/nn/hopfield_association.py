@@ -49,7 +49,7 @@ def hopfield_update(
         raise ValueError(f"steps must not be negative, got {steps}")
     mask = ~mask if mask is not None and mask.dtype is torch.bool else mask
     for _ in range(steps):
-        state = _look_up(state * beta, stored, mask)
+        state = _look_up((state * beta).to(stored.dtype), stored, mask)
     return state
 
 
@@ -199,8 +199,8 @@ def _look_up(state: Tensor, stored: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _check(state: Tensor, stored: Tensor, beta: float | Tensor) -> None:
-    if not state.is_floating_point() or not stored.is_floating_point():
-        raise ShapeError(f"states and stored patterns must be floats, got {state.dtype} and {stored.dtype}")
+    if not state.is_floating_point() or state.dtype is not stored.dtype:
+        raise ShapeError(f"states and stored patterns must be floats of one kind, got {state.dtype} and {stored.dtype}")
     if state.dim() < 2 or stored.dim() < 2 or state.shape[-1] != stored.shape[-1]:
         raise ShapeError(
             f"states (..., S, d) and stored patterns (N, d) must have one width d, got {tuple(state.shape)} and "

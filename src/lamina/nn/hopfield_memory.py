@@ -51,7 +51,7 @@ class HopfieldMemory(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """Retrieve with one update; (..., d) -> (..., d)."""
-        return hopfield_update(self._rows(state), self.patterns, self.beta).view(state.shape)
+        return hopfield_update(self._rows(state), self.patterns, self.beta).view(state.shape).to(state.dtype)
 
     def retrieve(self, state: Tensor, steps: int = 1, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Update states (..., d) towards what is stored; with weights, also the (..., N) of the last update.
@@ -64,7 +64,7 @@ class HopfieldMemory(nn.Module):
             raise ValueError(f"retrieval takes at least one step, got {steps}")
         rows = self._rows(state)
         if not return_weights:
-            return hopfield_update(rows, self.patterns, self.beta, steps).view(state.shape)
+            return hopfield_update(rows, self.patterns, self.beta, steps).view(state.shape).to(state.dtype)
         rows = hopfield_update(rows, self.patterns, self.beta, steps - 1)
         weights = association_weights(rows, self.patterns, self.beta)
         found = (weights @ self.patterns.to(weights.dtype)).to(state.dtype)
@@ -117,13 +117,13 @@ class HopfieldMemory(nn.Module):
         return f"{self.patterns.shape[0]} patterns of width {self.patterns.shape[1]}, beta={self.beta:g}"
 
     def _rows(self, state: Tensor) -> Tensor:
-        """Return states as (S, d)."""
+        """Return states as (S, d), of the dtype of what is stored."""
         if not len(self.patterns) and state is self.patterns:
             raise ShapeError("nothing is stored yet: write first")
         if not state.dim() or state.shape[-1] != self.patterns.shape[1] or not state.is_floating_point():
             got = f"{tuple(state.shape)} of {state.dtype}"
             raise ShapeError(f"HopfieldMemory holds float patterns of width {self.patterns.shape[1]}, got {got}")
-        return state.reshape(-1, state.shape[-1])
+        return state.reshape(-1, state.shape[-1]).to(self.patterns.dtype)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         # However many patterns were stored when it was saved.
