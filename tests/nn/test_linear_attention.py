@@ -136,6 +136,12 @@ def test_the_length_of_the_keys_does_not_matter_and_a_negative_query_gives_zeros
     assert torch.isfinite(linear_attention(torch.zeros_like(q), k, v)).all()
 
 
+def test_it_runs_on_the_meta_device_under_autocast() -> None:
+    mixer = SimplifiedLinearAttention(**OPTIONS).to("meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mixer(torch.empty(2, 12, 8, device="meta")).shape == (2, 12, 8)
+
+
 def test_without_the_convolution_it_permutes_with_the_tokens() -> None:
     mixer = SimplifiedLinearAttention(**OPTIONS)
     with torch.no_grad():
@@ -184,7 +190,9 @@ def test_bad_sizes_are_refused(options: dict[str, Any], words: str) -> None:
 
 
 def test_other_lengths_are_refused_and_a_square_needs_no_grid() -> None:
-    with pytest.raises(ShapeError, match=r"a grid of \(3, 4\) and 0 tokens before it takes \(batch, 12, 8\), got"):
+    with pytest.raises(
+        ShapeError, match=r"a grid of \(3, 4\) and 0 tokens before it takes floating-point \(batch, 12, 8\)"
+    ):
         SimplifiedLinearAttention(**OPTIONS)(drawn(2, 13, 8))
     assert SimplifiedLinearAttention(8, 2, context=17, prefix=1).grid == (4, 4)
 

@@ -119,6 +119,21 @@ def test_padding_is_normalised_but_not_counted() -> None:
     torch.testing.assert_close(padded(x, mask.long())[mask], packed(x[mask]))
 
 
+@pytest.mark.parametrize("classes", [None, 3])
+def test_our_transformer_says_which_tokens_are_real(classes: int | None) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"vocabulary": 16, "context": 6, "causal": False, "classes": classes}
+    padded = Transformer(2, 8, 2, norm={"name": "prep_bn", "start": 0.5}, **options)
+    other = copy.deepcopy(padded)
+    ids = torch.randint(16, (3, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(6) < torch.tensor([6, 3, 2])[:, None]
+    filled = torch.where(mask, ids, 7)
+    found, expected = padded(ids, mask), other(filled, mask)
+    torch.testing.assert_close(found if classes else found[mask], expected if classes else expected[mask])
+    for (name, a), b in zip(padded.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 def test_a_mask_that_leaves_nothing_changes_no_statistics() -> None:
     norm = used(RepBN(3))
     kept = norm.running_mean.clone(), norm.running_var.clone()
@@ -193,7 +208,8 @@ def test_the_decay_of_lam() -> None:
     assert lams(PRepBN(2), 5) == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     assert lams(PRepBN(2, decay_fraction=0.4, warm_fraction=0.4), 5) == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
     assert lams(PRepBN(2, decay_fraction=1.0, start=0.5), 4) == [0.5, 0.375, 0.25, 0.125, 0.0]
-    assert blend_weight(1.0, 0.7, 0.3) == pytest.approx(0, abs=1e-12)
+    late = [(begin / 20, warm / 20) for begin in range(20) for warm in range(19)]
+    assert all(blend_weight(1.0, (1 - w) * (1 - b), b + w * (1 - b)) == 0 for b, w in late), "rounding leaves nothing"
 
 
 def test_lam_is_saved() -> None:
@@ -244,7 +260,7 @@ def test_bad_options_are_refused(make: Any, words: str) -> None:
 
 def test_bad_inputs_are_refused() -> None:
     for norm in (RepBN(4), PRepBN(4)):
-        with pytest.raises(ShapeError, match=r"expects \(..., 4\), got \(2, 3\)"):
+        with pytest.raises(ShapeError, match=r"takes floating-point \(..., 4\), got torch.float32 \(2, 3\)"):
             norm(drawn(2, 3))
         with pytest.raises(ShapeError, match=r"the mask must be \(2, 3\), got \(2,\)"):
             norm(drawn(2, 3, 4), torch.ones(2))

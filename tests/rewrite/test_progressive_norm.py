@@ -174,6 +174,19 @@ def test_a_model_without_a_place_is_refused(model: nn.Module, options: Any, erro
         ProgressiveNorm(**options).decide(model)
 
 
+def test_replace_points_at_the_pass_and_puts_in_the_plain_half() -> None:
+    with pytest.raises(LaminaError, match="that is the pass progressive_norm"):
+        Replace("layer_norm", "prep_bn").decide(Normed())
+    model = Normed()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 2)
+    weight = model[1].weight.detach().clone()
+    model = rewrite(model, Replace("layer_norm", "rep_bn", options={"skip_init": 0.5}))
+    assert type(model[1]) is RepBN
+    assert torch.equal(model[1].weight, weight)
+    assert model[1].skip.item() == 0.5
+
+
 def test_bad_options_are_refused() -> None:
     with pytest.raises(LaminaError, match="decay_fraction must be positive"):
         ProgressiveNorm(decay_fraction=0)

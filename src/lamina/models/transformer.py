@@ -48,9 +48,10 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Run both branches; `context` is offered to the mixer."""
         given = {k: v for k, v in context.items() if v is not None and self.takes(k)}
-        x = x + self.dropout(self.mixer(self.norm1(x), **given))
+        mask = context.get("attention_mask")
+        x = x + self.dropout(self.mixer(normed(self.norm1, x, mask), **given))
         # The feed-forward has its own dropout.
-        return x + self.feed_forward(self.norm2(x))
+        return x + self.feed_forward(normed(self.norm2, x, mask))
 
 
 @register("model", source="Vaswani et al. 2017; pre-norm and initialisation: Radford et al. 2019")
@@ -163,7 +164,7 @@ class Transformer(nn.Module):
             x = block(x, attention_mask=attention_mask, positions=positions, cache=cache)
         if cache is not None:
             cache.advance(x.shape[1])
-        x = self.final_norm(x)
+        x = normed(self.final_norm, x, attention_mask)
         return self.head(x if self.classes is None else mean_token(x, attention_mask))
 
     @property
@@ -240,6 +241,13 @@ def check_linear(linear: Node, *parts: Callable[..., Any]) -> None:
     if linear != "linear" and not any("linear" in p.found.signature.options for p in parts):  # type: ignore[attr-defined]
         names = " nor ".join(p.found.part.name for p in parts)  # type: ignore[attr-defined]
         raise RecipeError(f"linear={linear!r} would change nothing: neither {names} has a slot for linear layers")
+
+
+def normed(norm: nn.Module, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Run a norm; one that takes statistics over tokens (`takes_mask`) is told which of them are real."""
+    if attention_mask is None or not getattr(norm, "takes_mask", False):
+        return norm(x)
+    return norm(x, attention_mask[:, -x.shape[1] :])
 
 
 def mean_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -101,7 +101,8 @@ class VisionTransformer(nn.Module):
         """Return the logits (B, classes)."""
         if pixel_values.shape[1:] != self.image_shape:
             raise ShapeError(f"VisionTransformer takes (batch, {self.image_shape}), got {tuple(pixel_values.shape)}")
-        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, T, C)
+        # In order: the residual stream keeps the layout it begins with, and sums and products of a turned one are slow.
+        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2).contiguous()  # (B, T, C)
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(len(x), -1, -1).to(x.dtype), x), dim=1)
         x = self.dropout(x + self.position_embedding)

@@ -11,7 +11,7 @@ Re-parameterized Batch Normalization (ICML 2024), arXiv 2405.11582.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,9 @@ Moments = tuple[Tensor, Tensor, Tensor]
 class TokenNorm(nn.Module):
     """What norms of tokens share: features last, (..., num_features), and a mask of the tokens that are real."""
 
+    takes_mask: ClassVar[bool] = True
+    """Read by models that know the mask."""
+
     def __init__(self, num_features: int) -> None:
         super().__init__()
         if num_features < 1:
@@ -43,8 +46,8 @@ class TokenNorm(nn.Module):
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         name = f"{type(self).__name__}({self.num_features})"
-        if x.dim() < 2 or x.shape[-1] != self.num_features:
-            raise ShapeError(f"{name} expects (..., {self.num_features}), got {tuple(x.shape)}")
+        if x.dim() < 2 or x.shape[-1] != self.num_features or not x.is_floating_point():
+            raise ShapeError(f"{name} takes floating-point (..., {self.num_features}), got {x.dtype} {tuple(x.shape)}")
         if mask is not None and mask.shape != x.shape[:-1]:
             raise ShapeError(f"{name}: the mask must be {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
 
@@ -253,7 +256,9 @@ class PRepBN(TokenNorm):
 
 def blend_weight(fraction: float, decay_fraction: float, warm_fraction: float = 0.0) -> float:
     """Return how much of the first norm is left at a fraction of training: 1, then linearly to 0."""
-    return min(1.0, max(0.0, 1.0 - (fraction - warm_fraction) / decay_fraction))
+    left = 1.0 - (fraction - warm_fraction) / decay_fraction
+    # Rounding must not leave a trace of it at the end.
+    return min(1.0, left) if left > 1e-9 else 0.0
 
 
 def check_decay(name: str, decay_fraction: float, warm_fraction: float) -> None:

@@ -180,11 +180,10 @@ def _keeps_order(x: Tensor, strides: tuple[int, ...]) -> bool:
 
 
 def _through_view(x: Tensor, result: Tensor, channel: int) -> int | None:
-    """Find the dimension of the same size with as many numbers before and behind it."""
-    before, after = math.prod(x.shape[:channel]), math.prod(x.shape[channel + 1 :])
+    """Find the dimension of the same size with as many numbers behind it (and so before it)."""
+    behind = math.prod(x.shape[channel + 1 :])
     for place, size in enumerate(result.shape):
-        fits = math.prod(result.shape[:place]) == before and math.prod(result.shape[place + 1 :]) == after
-        if size == x.shape[channel] and fits:
+        if size == x.shape[channel] and math.prod(result.shape[place + 1 :]) == behind:
             return place
     return None
 

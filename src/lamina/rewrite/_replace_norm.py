@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lamina import registry
-from lamina.errors import ShapeError
+from lamina.errors import LaminaError, ShapeError
 from lamina.lineage import Lineage
-from lamina.nn import ChannelLayerNorm, TokenBatchNorm
+from lamina.nn import ChannelLayerNorm, PRepBN, TokenBatchNorm
 from lamina.rewrite.conversion import conversion, take_over
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -22,7 +22,10 @@ def norm_to_norm(old: nn.Module, new: str, options: Mapping[str, Any], lineage: 
 
     Raises:
         ShapeError: the width cannot be told, or the two normalise different dimensions.
+        LaminaError: the new norm is made of two, and has a pass of its own.
     """
+    if registry.find("norm", new) is PRepBN:
+        raise LaminaError(f"{new} begins as the norm it replaces: that is the pass progressive_norm, ProgressiveNorm()")
     return take_over(_build(registry.find("norm", new), old, options), old, lineage)
 
 

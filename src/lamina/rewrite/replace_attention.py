@@ -78,7 +78,7 @@ def decide_attention(
     layout, on_grid = _layout(new), _is_of_images(new)
     if grid is not None and not on_grid:
         raise RecipeError(f"grid is for mixers of images; {new} mixes sequences")
-    grid = options.get("grid") if grid is None else grid
+    grid = tuple(options["grid"]) if grid is None and "grid" in options else grid
     places = _places(model, match)
     causal = next((p.trunk.path for p in places if p.trunk.causal), None)
     if on_grid and causal is not None:
