@@ -87,7 +87,7 @@ def test_outputs_are_equal_at_the_moment_of_the_swap(make: Any, batch: Batch, op
         # And it is the update that makes another network of it.
         for module in model.modules():
             if isinstance(module, Hopfield):
-                module.update_steps_max = (2,) * module.heads
+                module.update_steps_max = 2
         assert not torch.allclose(logits(call(model, batch)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_a_home_made_model_gets_it_by_pattern_and_with_options_of_its_own() -> N
     model = rewrite(model, one)
     changed = {p.removesuffix(".mixer"): m for p, m in model.named_modules() if isinstance(m, Hopfield)}
     assert sorted(changed) == rows[1:3]
-    assert all(m.heads == 4 and m.update_steps_max == (2,) * 4 for m in changed.values())
+    assert all(m.heads == 4 and m.update_steps_max == 2 for m in changed.values())
     assert all(
         isinstance(m.norm_state, nn.LayerNorm) and isinstance(m.norm_stored, nn.Identity) for m in changed.values()
     )

@@ -6,7 +6,7 @@ Source: Ramsauer et al., Hopfield Networks is All You Need (2020), arXiv 2008.02
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -214,26 +214,20 @@ class Hopfield(nn.Module):
         plain = plain and q.shape[2] == patterns
         sizes = (q.shape[0], self.heads, q.shape[2], patterns)
         mask = None if plain else association_of(sizes, seen, extra, self.causal, association_mask, q)
-        step = partial(self._associate, k=k, v=k, mask=mask, causal=plain)
-        if self.update_steps_eps is None:
-            q = update_by_head(q, step, self.update_steps_max or ())
-        else:
-            q = update_until_rest(q, step, self.update_steps_max, self.update_steps_eps)
+        q = self._update(q, partial(self._associate, k=k, v=k, mask=mask, causal=plain))
         dropout = self.dropout if self.training else 0.0
         if not return_weights:
             return self._merge(self._associate(q, k, v, mask, plain, dropout))
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        weights = masked_softmax((q * self.beta) @ k.mT, mask)
+        weights = masked_softmax(self._sharpened(q) @ k.mT, mask)
         return self._merge(F.dropout(weights, dropout).to(v.dtype) @ v), weights
 
     def extra_repr(self) -> str:
         """Show what the projections do not."""
         beta = self.beta if isinstance(self.beta, float) else [round(b, 4) for b in self.beta.flatten().tolist()]
-        steps = self.update_steps_max
-        steps_shown = steps[0] if steps is not None and len(set(steps)) == 1 else steps
         return (
             f"{self.width}, heads={self.heads}, hidden_size={self.hidden_size}, pattern_size={self.pattern_size}, "
-            f"beta={beta}, update_steps_max={steps_shown}, causal={self.causal}"
+            f"beta={beta}, update_steps_max={self.update_steps_max}, causal={self.causal}"
         )
 
     def _check_sequence(
@@ -282,7 +276,18 @@ class Hopfield(nn.Module):
     ) -> Tensor:
         if isinstance(self.beta, float):
             return associate(q, k, v, self.beta, mask, causal=causal, dropout=dropout)
-        return associate(q * self.beta.to(q.dtype), k, v, 1.0, mask, causal=causal, dropout=dropout)
+        return associate(self._sharpened(q), k, v, 1.0, mask, causal=causal, dropout=dropout)
+
+    def _sharpened(self, q: Tensor) -> Tensor:
+        return q * (self.beta if isinstance(self.beta, float) else self.beta.to(q.dtype))
+
+    def _update(self, q: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
+        """Move the states in key space, as often as each head is to."""
+        # Read at the call, for who changes it on a layer that is there.
+        counts, eps = steps_of(self.update_steps_max, self.heads), self.update_steps_eps
+        if counts is not None and eps is None:
+            return update_by_head(q, step, counts)
+        return update_until_rest(q, step, counts, (EPS,) * self.heads if eps is None else eps)
 
     def _merge(self, heads: Tensor) -> Tensor:
         """Put the heads side by side, (B, heads, S, pattern) -> (B, S, heads * pattern), and project."""
@@ -303,8 +308,9 @@ class Hopfield(nn.Module):
             self.beta = betas[0]
         else:
             self.register_buffer("beta", torch.tensor(betas)[:, None, None])
-        self.update_steps_max = steps_of(update_steps_max, self.heads)
-        eps = EPS if update_steps_eps is None and update_steps_max is None else update_steps_eps
+        steps_of(update_steps_max, self.heads)
+        self.update_steps_max = update_steps_max
+        eps = update_steps_eps
         self.update_steps_eps = None if eps is None else per_head("update_steps_eps", eps, self.heads, 0.0)
 
 

@@ -19,7 +19,7 @@ from lamina.errors import ShapeError
 _log = logging.getLogger(__name__)
 
 SOURCE = "Ramsauer et al., Hopfield Networks is All You Need (2020), arXiv 2008.02217"
-BLOCK = 8192
+BLOCK = 2048
 """Stored patterns that are compared with the states at a time where a whole table of scores would be too large."""
 MOST_STEPS = 1000
 """Updates after which states that never come to rest are taken as they are."""
@@ -57,7 +57,8 @@ def hopfield_energy(state: Tensor, stored: Tensor, beta: float | Tensor) -> Tens
     """Energy of each state, (..., S, d) -> (..., S): -lse(beta, X^T xi) + xi^T xi / 2 + log(N) / beta + m^2 / 2.
 
     m is the norm of the longest pattern. No update raises it; inside the patterns' convex hull it lies in [0, 2 m^2].
-    In float32 at least; blocks of patterns at a time. Its gradient is xi - X softmax(beta X^T xi).
+    Its gradient is xi - X softmax(beta X^T xi). In float32 at least; blocks of patterns at a time, of which a graph for
+    gradients keeps all.
 
     Raises:
         ShapeError, ValueError: as `hopfield_update`.

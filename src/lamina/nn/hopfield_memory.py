@@ -79,15 +79,8 @@ class HopfieldMemory(nn.Module):
 
         Source: definition of Delta_i, equation 5.
         """
-        x = self._rows(self.patterns)
-        apart = []
-        for start in range(0, len(x), BLOCK):
-            scores = x[start : start + BLOCK] @ x.T
-            own = torch.arange(len(scores), device=x.device)
-            norms = scores[own, own + start].clone()
-            scores[own, own + start] = float("-inf")
-            apart.append(norms - scores.amax(-1))
-        return torch.cat(apart)
+        blocks = self._rows(self.patterns).split(BLOCK)
+        return torch.cat([block.square().sum(-1) - _most_alike(i, blocks) for i, block in enumerate(blocks)])
 
     def retrieval_bound(self, state: Tensor) -> Tensor:
         """Bound on the distance between one update of a state and the pattern nearest to it, (..., d) -> (...).
@@ -135,6 +128,17 @@ class HopfieldMemory(nn.Module):
 
 FIXED_POINT_STEPS = 50
 """Updates from a well separated pattern to its fixed point; each shrinks what is left many times."""
+
+
+def _most_alike(which: int, blocks: tuple[Tensor, ...]) -> Tensor:
+    """Return the largest product of each pattern of one block with another pattern of any."""
+    most = blocks[which].new_full((len(blocks[which]),), float("-inf"))
+    for i, other in enumerate(blocks):
+        scores = blocks[which] @ other.T
+        if i == which:
+            scores.fill_diagonal_(float("-inf"))
+        most = torch.maximum(most, scores.amax(-1))
+    return most
 
 
 def _nearest(states: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:
