@@ -405,6 +405,16 @@ def test_a_model_that_computes_by_chance_is_not_folded() -> None:
     assert type(model.norm) is RepBN
 
 
+def test_outputs_may_be_infinite() -> None:
+    class Forbidding(Reader):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.arange(6) > 3, -torch.inf)
+
+    model, x = Forbidding("plain", nn.Linear(6, 6)).eval(), drawn(2, 16, 6)
+    expected = model(x)
+    torch.testing.assert_close(rewrite(model, Fold(), data=[{"x": x}])(x), expected)
+
+
 def test_half_precision_is_folded_in_double_precision() -> None:
     model, x = Reader("plain", nn.Linear(6, 4)).eval(), drawn(2, 16, 6)
     expected = model(x)

@@ -71,6 +71,8 @@ def test_language_models_may_start_from_the_zero_map() -> None:
     model, _ = llama()
     model = rewrite(model, ProgressiveNorm(skip_init=0.0, scale_init=0.0, warm_fraction=0.1, decay_fraction=0.2))
     norm = model.model.norm
+    assert not norm.rep.sync
+    assert rewrite(Normed(), ProgressiveNorm(sync=True))[1].rep.sync
     assert type(norm.norm) is nn.RMSNorm
     assert norm.norm.eps == model.config.rms_norm_eps
     assert not norm.rep(torch.randn(5, 16)).any()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lamina.anatomy import Block, Sublayer, get, swap
 from lamina.errors import AnatomyError
+from lamina.rewrite._fused_layer import leave_fused_path
 
 Rest = tuple[tuple[str, int] | None, ...]
 """What follows the first element of a returned tuple: a (name, position) argument handed through, or None."""
@@ -81,7 +82,7 @@ def skip_sublayer(model: nn.Module, block: Block, sublayer: Sublayer, *, keep_no
             _put(model, part, SkipBranch(rest=_rest(model, sublayer, part), batch_first=order))
     for norm_path in outside - set(kept):
         _put(model, norm_path, Skip())
-    _leave_fused_path(model, block)
+    leave_fused_path(model, block.path)
 
 
 def _own_norms(block: Block, sublayer: Sublayer) -> set[str]:
@@ -139,14 +140,3 @@ def _filled(x: Tensor, rest: Rest | None, args: tuple[Any, ...], kwargs: dict[st
     if rest is None:
         return x
     return (x, *(None if r is None else args[r[1]] if r[1] < len(args) else kwargs.get(r[0]) for r in rest))
-
-
-def _leave_fused_path(model: nn.Module, block: Block) -> None:
-    """Keep torch's encoder off the kernels that read every weight of a layer, or pack the batch (nested tensors)."""
-    layer = get(model, block.path)
-    if isinstance(layer, nn.TransformerEncoderLayer):
-        # "No activation the kernel knows": the layer runs part by part.
-        layer.activation_relu_or_gelu = 0
-        encoder = get(model, block.path.rpartition(".")[0].rpartition(".")[0])
-        if isinstance(encoder, nn.TransformerEncoder):
-            encoder.use_nested_tensor = False

@@ -31,7 +31,6 @@ from lamina.rewrite._conv_bn_block import HeldConv, is_transposed, plain
 from lamina.rewrite._conv_bn_pairs import Pairs, find_pairs, first_batch
 from lamina.rewrite._folding import ChannelAffine as ChannelAffine
 from lamina.rewrite._folding import fold_into_consumer, fold_into_producer, norm_scale_and_shift
-from lamina.rewrite._fused_layer import leave_fused_path
 from lamina.rewrite._links import tensors_in
 from lamina.rewrite._token_norms import HUGGING_FACE_LINEAR, destinations, token_norms
 
@@ -175,14 +174,19 @@ def _verify(model: nn.Module, decision: FoldDecision, batch: Batch) -> None:
         expected = [*tensors_in((call(model, batch),))]
         torch.random.set_rng_state(state)
         found = [*tensors_in((call(folded, batch),))]
+    # Folding rounds once more than the model does; a mistake is off by a share of the output.
+    tolerance = min(1e4 * torch.finfo(tensor.dtype).eps, 0.2)
     for a, b in zip(expected, found, strict=True):
-        bound = (
-            1e4 * torch.finfo(tensor.dtype).eps * float(a.abs().max().clamp(min=1e-3)) if a.is_floating_point() else 0
-        )
-        if bound and not float((a - b).abs().max()) <= bound:
+        if not a.is_floating_point() or torch.equal(a, b):
+            continue
+        finite = a[a.isfinite()].abs()
+        largest = float(finite.max()) if finite.numel() else 0.0
+        # What is equal may be infinite: the logits of forbidden words.
+        off = float((a - b)[a != b].abs().max())
+        if not off <= tolerance * max(largest, 1e-3):
             raise LaminaError(
-                f"a folded copy of {type(model).__name__} is off by {float((a - b).abs().max()):.2g} of outputs up to "
-                f"{float(a.abs().max()):.2g} on this batch: its forward must be random, or depend on values"
+                f"a folded copy of {type(model).__name__} is off by {off:.2g} of outputs up to {largest:.2g} on this "
+                "batch: its forward must be random, or depend on values"
             )
 
 
@@ -201,7 +205,7 @@ def into_consumers(model: nn.Module, norm_path: str, layer_paths: Iterable[str])
             groups = getattr(layer, "groups", 1)
             made = fold_into_consumer(weight, bias, scale, shift, transposed=transposed, groups=groups)
             _set(layer, names, made, weight)
-    _take_out(model, norm_path, nn.Identity().train(norm.training))
+    anatomy.swap(model, norm_path, nn.Identity().train(norm.training), all=True)
 
 
 def into_affine(model: nn.Module, norm_path: str) -> None:
@@ -210,7 +214,7 @@ def into_affine(model: nn.Module, norm_path: str) -> None:
     like = next(p for p in norm.parameters())
     with torch.no_grad():
         scale, shift = (t.to(like.dtype) for t in norm_scale_and_shift(norm, torch.float64))
-    _take_out(model, norm_path, ChannelAffine(scale, shift).train(norm.training))
+    anatomy.swap(model, norm_path, ChannelAffine(scale, shift).train(norm.training), all=True)
 
 
 def into_producer(model: nn.Module, norm_path: str, layer_path: str) -> None:
@@ -227,14 +231,9 @@ def into_producer(model: nn.Module, norm_path: str, layer_path: str) -> None:
         groups = getattr(layer, "groups", 1)
         made = fold_into_producer(old, bias, scale, shift, transposed=is_transposed(layer), groups=groups)
     _set(layer, ("weight", "bias"), made, old)
-    _take_out(model, norm_path, nn.Identity().train(norm.training))
+    anatomy.swap(model, norm_path, nn.Identity().train(norm.training), all=True)
 
 
 def _set(layer: nn.Module, names: tuple[str, str], values: tuple[Tensor, Tensor], old: Parameter) -> None:
     for name, value in zip(names, values, strict=True):
         setattr(layer, name, Parameter(value.to(old.dtype).contiguous(), requires_grad=old.requires_grad))
-
-
-def _take_out(model: nn.Module, norm_path: str, left: nn.Module) -> None:
-    anatomy.swap(model, norm_path, left, all=True)
-    leave_fused_path(model, norm_path)

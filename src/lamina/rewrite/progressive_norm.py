@@ -51,6 +51,7 @@ class ProgressiveNormDecision:
     scale_init: float
     begin: float = 0.0
     """Fraction of training that is over; the other fractions are shares of what is left."""
+    sync: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     """Why a norm stays as it is, by path."""
 
@@ -75,6 +76,7 @@ class ProgressiveNorm:
         scale_init: the batch norm's gains and shifts start as the old norm's, times this.
         match: pattern of the norms' paths; default all.
         begin: fraction of training that is over when the pass runs; the trainer says so itself (`set_progress`).
+        sync: take the batch norms' statistics over all processes, see `RepBN`.
     Raises:
         AnatomyError: no such norm, or none at such a path; the message says why.
         ShapeError: a layer norm over more than the last dimension.
@@ -97,10 +99,11 @@ class ProgressiveNorm:
         scale_init: float = 1.0,
         match: str | None = None,
         begin: float = 0.0,
+        sync: bool = False,
     ) -> None:
         check_decay("ProgressiveNorm", decay_fraction, warm_fraction)
         self.decay_fraction, self.warm_fraction = decay_fraction, warm_fraction
-        self.skip_init, self.scale_init, self.match = skip_init, scale_init, match
+        self.skip_init, self.scale_init, self.match, self.sync = skip_init, scale_init, match, sync
         self.set_progress(begin)
 
     def set_progress(self, fraction: float) -> None:
@@ -139,7 +142,7 @@ class ProgressiveNorm:
         if not norms:
             why = "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:3])
             raise AnatomyError(f"no norm of {type(model).__name__} can turn into batch norm: {why}")
-        options = (self.decay_fraction, self.warm_fraction, self.skip_init, self.scale_init, self.begin)
+        options = (self.decay_fraction, self.warm_fraction, self.skip_init, self.scale_init, self.begin, self.sync)
         return ProgressiveNormDecision(norms, *options, skipped)
 
     def apply(self, model: nn.Module, decision: ProgressiveNormDecision, lineage: Lineage) -> nn.Module:
@@ -148,7 +151,7 @@ class ProgressiveNorm:
             old = anatomy.get(model, path)
             new = _successor(old, plan, decision, model, lineage)
             anatomy.swap(model, path, new.train(old.training), all=True)
-            leave_fused_path(model, path)
+            leave_fused_path(model, path.rpartition(".")[0])
         return model
 
 
@@ -248,6 +251,7 @@ def _successor(
             decision.begin + decision.warm_fraction * left,
             skip_init=decision.skip_init,
             scale_init=decision.scale_init,
+            sync=decision.sync,
         )
     new = new.to(like.dtype)
     # The blend and the statistics are counted in float32, whatever the weights are.

@@ -26,6 +26,7 @@ from lamina.rewrite import _replace_evonorm as _replace_evonorm
 from lamina.rewrite import _replace_fourier_head as _replace_fourier_head
 from lamina.rewrite import _replace_hypercomplex as _replace_hypercomplex
 from lamina.rewrite import _replace_recurrent as _replace_recurrent
+from lamina.rewrite._fused_layer import leave_fused_path
 from lamina.rewrite._replace_norm import norm_to_norm
 from lamina.rewrite.conversion import HEAD, ROLES, Conversion, find_conversion, role_of, targets
 
@@ -128,7 +129,7 @@ class Replace:
                 if not path:
                     return new
                 anatomy.swap(model, path, new, all=True)
-                _leave_fast_path(model.get_submodule(path.rpartition(".")[0]))
+                leave_fused_path(model, path.rpartition(".")[0])
         return model
 
 
@@ -223,10 +224,3 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
         for tensor in tensors:
             return tensor.device
     return torch.device("cpu")
-
-
-def _leave_fast_path(parent: nn.Module) -> None:
-    # In evaluation torch's encoder layer hands its norms' numbers to one fused kernel that knows layer norm only;
-    # this is the attribute by which the layer itself declares that it cannot be fused.
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0

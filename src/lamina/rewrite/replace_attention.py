@@ -33,8 +33,9 @@ from lamina.lineage import Lineage
 from lamina.nn.layout import GridAsSequence
 from lamina.recipe import factory
 from lamina.rewrite._carry_attention import carry_projections, offered
+from lamina.rewrite._fused_layer import leave_fused_path
 from lamina.rewrite._replaced_attention import ReplacedAttention, masks_of, stream_of
-from lamina.rewrite._skip import _leave_fused_path, returned_rest
+from lamina.rewrite._skip import returned_rest
 from lamina.rewrite.replace import ReplaceDecision
 
 _log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def apply_attention(model: nn.Module, decision: ReplaceDecision, lineage: Lineag
                 new = _shim(model, chosen[path], decision)
             carry_projections(old, new.to(like.dtype), chosen[path].heads, lineage)
             anatomy.swap(model, path, new.train(old.training), all=True)
-            _leave_fused_path(model, chosen[path].block)
+            leave_fused_path(model, chosen[path].block.path)
     if any(chosen[path].trunk.causal for path in decision.paths):
         _forget_caches(model)
     return model
