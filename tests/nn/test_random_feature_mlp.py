@@ -57,7 +57,9 @@ def test_weights_have_the_deviation_of_the_scale_and_are_frozen() -> None:
     made = layer(100, features=500, weight_scale=4.0)
     assert made.features.weight.std().item() == pytest.approx(0.4, rel=0.01)
     assert [n for n, _ in made.named_parameters()] == ["value"]
+    before = torch.get_rng_state()
     assert torch.equal(layer(3).features.weight, layer(3).features.weight)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
     assert not torch.equal(layer(3, seed=1).features.weight, layer(3).features.weight)
 
 

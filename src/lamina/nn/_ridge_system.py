@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 GRID = tuple(10.0 ** (step / 2) for step in range(-16, 5))
 """Penalties that are tried, in units of the mean squared norm of a centred row over the number of rows."""
 
-NUMBERS_AT_ONCE = 2**24
-"""How many features are held in float64 at a time."""
+NUMBERS_AT_ONCE = 2**20
+"""How many features are widened to float64 at a time, while they are in the cache."""
 
 STRIPS = 8
 """In how many strips a symmetric product is made."""
@@ -31,7 +29,7 @@ class Sums:
         self.squares = torch.zeros_like(origin_y)
 
     def add(self, phi: Tensor, y: Tensor) -> None:
-        phi, y = phi - self.origin, y - self.origin_y
+        phi, y = _centred(phi, self.origin), _centred(y, self.origin_y)
         self.count += len(phi)
         self.phi += phi.sum(0)
         self.y += y.sum(0)
@@ -90,11 +88,11 @@ class Dual:
         self.phi, self.y, self.held = phi, y, held
         # Columns at a time: what is widened to float64 stays small.
         self.columns = phi.split(max(1, NUMBERS_AT_ONCE // len(phi)), dim=1)
-        self.mean = torch.cat([double(c, y.device).mean(0) for c in self.columns])
-        self.gram = y.new_zeros(len(y), len(y))
-        for centred in self._centred():
-            _add_products(self.gram, centred)
-        self.gram = _whole(self.gram)
+        means, lower = [], y.new_zeros(len(y), len(y))
+        for column in self.columns:
+            means.append(double(column, y.device).mean(0))
+            _add_products(lower, _centred(column, means[-1]))
+        self.mean, self.gram = torch.cat(means), _whole(lower)
 
     def choose(self, separate: bool) -> tuple[Tensor, Tensor]:
         train, held = ~self.held, self.held
@@ -110,18 +108,20 @@ class Dual:
     def solve(self, penalty: Tensor) -> tuple[Tensor, Tensor]:
         mean_y = self.y.mean(0)
         coefficients = _solve(self.gram, self.y - mean_y, penalty * len(self.y)).t()
-        weights = torch.cat([coefficients @ centred for centred in self._centred()], 1)
+        # Their sum is 0, and so the mean of the features drops out; made exact, for a mean may be large.
+        coefficients = coefficients - coefficients.mean(1, keepdim=True)
+        weights = torch.cat([coefficients @ double(column, self.y.device) for column in self.columns], 1)
         return weights, mean_y - weights @ self.mean
-
-    def _centred(self) -> Iterator[Tensor]:
-        start = 0
-        for column in self.columns:
-            yield double(column, self.y.device) - self.mean[start : start + column.shape[1]]
-            start += column.shape[1]
 
 
 def double(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device).to(torch.float64)
+
+
+def _centred(values: Tensor, mean: Tensor) -> Tensor:
+    """Subtract the mean in float64, in place where widening made a copy."""
+    wide = double(values, mean.device)
+    return wide - mean if wide is values else wide.sub_(mean)
 
 
 def _add_products(gram: Tensor, x: Tensor) -> None:

@@ -179,8 +179,11 @@ class _Kept:
         phi, y, out = self._joined()
         step = max(1, system.NUMBERS_AT_ONCE // self.width)
         for rows in (slice(start, start + step) for start in range(0, len(phi), step)):
+            if self.held is None:
+                self.sums[0].add(phi[rows], y[rows])
+                continue
             for sums, chosen in zip(self.sums, (~out[rows], out[rows]), strict=True):
-                sums.add(double(phi[rows][chosen], self.device), double(y[rows][chosen], self.device))
+                sums.add(phi[rows][chosen], y[rows][chosen])
         self.rows.clear()
         self.pending = 0
 
@@ -211,7 +214,8 @@ def _blocks(features: Tensor | Blocks, targets: Tensor | None) -> Iterator[tuple
         if not phi.is_floating_point() or y.is_complex():
             raise ShapeError(f"features must be floating-point and targets real, got {phi.dtype} and {y.dtype}")
         for what, values in (("features", phi), ("targets", y)):
-            if not bool(torch.isfinite(values).all()):
+            # The sum is quicker; it may overflow where no value is at fault.
+            if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
                 raise LaminaError(f"the {what} {tuple(values.shape)} of a ridge regression have NaN or infinity")
         if len(phi):
             yield phi, y
