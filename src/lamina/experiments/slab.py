@@ -28,6 +28,15 @@ changed; `milliseconds`: a forward pass of 64 images, one thread, eager, median 
 torch.compile, and plain batch norm. Linear against softmax attention, width 192, 3 heads, 196 to 3136 tokens: `slope`
 of log time over log tokens, and `slowest_from_400`, the largest time over softmax attention's at 400 tokens or more.
 
+Limits: an evaluation before lam is 0 reads statistics and gains that the training has hardly used. Processes keep
+statistics of their own unless `sync` is on. A decoder generates in evaluation mode. Foreign models hand their norms no
+mask, so padding is counted (our transformer hands it). A norm whose output enters a residual with no layer before it (a
+post-norm model) keeps a scale and shift. A folded model is not for training. The attention sees whole images: no masks,
+never causal, one size of grid; a class token attends, but has no place in its convolution.
+
+Composes with: every optimizer (LAMB leaves the new gains alone), drop passes before and after, distillation, other
+mixers, heads and linear layers in their slots, accumulation, resume, autocast (statistics in float32), torch.compile
+(lam is a tensor: one graph), export, ConvBN (one `fold` for both).
 Source: Guo, Chen, Tang, Wang, SLAB: Efficient Transformers with Simplified Linear Attention and Progressive
 Re-parameterized Batch Normalization (ICML 2024), arXiv 2405.11582.
 """
