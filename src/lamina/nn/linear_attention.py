@@ -1,7 +1,7 @@
 """Attention whose time grows linearly with the tokens, for vision models: a ReLU kernel and a depthwise convolution.
 
 Source: Guo, Chen, Tang, Wang, SLAB: Efficient Transformers with Simplified Linear Attention and Progressive
-Re-parameterized Batch Normalization (ICML 2024), arXiv 2405.11582, section 3.2.
+Re-parameterized Batch Normalization (ICML 2024), arXiv 2405.11582.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lamina.nn._precision import without_autocast
 from lamina.registry import register
 
 
-@register("mixer", source="Guo et al., SLAB (2024), arXiv 2405.11582, equations 7-8")
+@register("mixer", source="Guo et al., SLAB (2024), arXiv 2405.11582, simplified linear attention")
 class SimplifiedLinearAttention(nn.Module):
     """Linear attention with a ReLU kernel, and a depthwise convolution of the values on the image's grid.
 
@@ -38,7 +38,7 @@ class SimplifiedLinearAttention(nn.Module):
     Raises:
         ShapeError: sizes that do not fit: no grid and no square, heads that do not divide the width, an even
             kernel_size; at the call, another number of tokens.
-    Source: equations 7-8 and the official code's position code and kernel size, arXiv 2405.11582. Computed in float32
+    Source: the definition of SLA, and the official code's position code and kernel size, arXiv 2405.11582. In float32
         or better with autocast off, as there. Deviation: prefix tokens; the paper drops the class token.
     Example:
         >>> SimplifiedLinearAttention(32, 4, (3, 4))(torch.randn(2, 12, 32)).shape

@@ -52,7 +52,7 @@ class TokenNorm(nn.Module):
             raise ShapeError(f"{name}: the mask must be {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
 
 
-@register("norm", source=f"{SOURCE}, equation 5")
+@register("norm", source=f"{SOURCE}, RepBN")
 class RepBN(TokenNorm):
     """Batch norm plus a learned multiple of its input: BN(x) + skip * x, statistics over all tokens of the batch.
 
@@ -69,7 +69,8 @@ class RepBN(TokenNorm):
         sync: take the statistics of a training batch over all processes (gradients too), as SyncBatchNorm does.
     Raises:
         ShapeError: the last dimension is not num_features, a mask of another shape, fewer than two tokens in training.
-    Source: equation 5, arXiv 2405.11582. Deviation: the skip is one number in an array of one, which can be sharded.
+    Source: the definition of RepBN, arXiv 2405.11582. Deviation: the skip is an array of one number, which can be
+        sharded.
     Example:
         >>> RepBN(8)(torch.randn(2, 3, 8)).shape
         torch.Size([2, 3, 8])
@@ -132,9 +133,9 @@ class RepBN(TokenNorm):
         return gain + self.skip.to(dtype), self.bias.to(dtype) - self.running_mean.to(dtype) * gain
 
     def merged(self) -> TokenBatchNorm:
-        """Make the plain batch norm that computes the same in evaluation, by equation 6: the skip goes into its gains.
+        """Make the plain batch norm that computes the same in evaluation: the skip goes into its gains.
 
-        weight' = weight + skip * sqrt(running_var + eps), bias' = bias + skip * running_mean.
+        weight' = weight + skip * sqrt(running_var + eps), bias' = bias + skip * running_mean: the lemma after RepBN.
         """
         made = TokenBatchNorm(self.num_features, self.eps, self.momentum).to(self.weight)
         with torch.no_grad():
@@ -171,7 +172,7 @@ class RepBN(TokenNorm):
             kept.lerp_(new.to(kept.dtype), share.to(kept.dtype))
 
 
-@register("norm", "prep_bn", source=f"{SOURCE}, equation 4")
+@register("norm", "prep_bn", source=f"{SOURCE}, PRepBN")
 class PRepBN(TokenNorm):
     """Layer norm that turns into batch norm while it is trained: lam * norm(x) + (1 - lam) * rep(x), lam from 1 to 0.
 
@@ -189,7 +190,7 @@ class PRepBN(TokenNorm):
     Raises:
         LaminaError: a fraction outside its range, or lam would not reach 0 before training ends; an unknown base.
         ShapeError: see `RepBN`.
-    Source: equations 4-6, arXiv 2405.11582; RMS norm as base, the zero start and warm_fraction: its LLaMA code.
+    Source: the definition of PRepBN, arXiv 2405.11582; RMS norm as base, zero start and warm_fraction: its LLaMA code.
         Deviation: the code counts steps and skips `rep` while warm; here a fraction is told, and `rep` always runs.
     Example:
         >>> norm = PRepBN(8)

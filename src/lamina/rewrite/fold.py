@@ -3,8 +3,8 @@
     model = rewrite(model.eval(), Fold())                     # a batch norm goes into the convolution before it
     model = rewrite(model.eval(), Fold(), data=batches)       # RepBN and PRepBN go into the layers that read them
 
-Source: You et al. (2024), arXiv 2305.11624, section 2 (deploy mode); Guo et al., SLAB (2024), arXiv 2405.11582,
-section 3.1 (norms before linear layers).
+Source: You et al. (2024), arXiv 2305.11624, section 2 (deploy mode); Guo et al., SLAB (2024), arXiv 2405.11582 (norms
+before linear layers).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Fold:
         AnatomyError: no such norm, or none that can be folded; the message says why.
         LaminaError: the model, or one of the norms, is in training mode; a progressive norm has not turned yet (its lam
             is above 0); the folded copy gives other outputs.
-    Source: You et al. (2024), arXiv 2305.11624, section 2; Guo et al. (2024), arXiv 2405.11582, section 3.1.
+    Source: You et al. (2024), arXiv 2305.11624, section 2; Guo et al. (2024), arXiv 2405.11582.
     Example:
         >>> from lamina.rewrite import rewrite
         >>> rewrite(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval(), Fold())

@@ -81,7 +81,7 @@ class ProgressiveNorm:
         AnatomyError: no such norm, or none at such a path; the message says why.
         ShapeError: a layer norm over more than the last dimension.
         LaminaError: fractions with which the old norm would not fade out, or no training left.
-    Source: section 3.1, arXiv 2405.11582.
+    Source: the definition of PRepBN, arXiv 2405.11582.
     Example:
         >>> from lamina.rewrite import rewrite
         >>> type(rewrite(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), ProgressiveNorm())[1]).__name__
