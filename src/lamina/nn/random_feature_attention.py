@@ -157,7 +157,9 @@ class RandomFeatureAttention(RandomFeatureReadout):
             targets: (n, out_features), (n,) for one output, or class numbers (n,) for several.
             penalty: above 0, or "validate", see `fit_ridge`.
         Raises:
-            LaminaError: see `fit_ridge`. Warns where the inputs' norms are far from 1.
+            LaminaError: see `fit_ridge`.
+        Warns:
+            UserWarning: the inputs' norms are far from 1.
         """
         _check_pair(query, keys, mask, self.width, self.features.weight.dtype)
         if not self.features.normalize:

@@ -42,8 +42,8 @@ class RandomFeatureMLP(RandomFeatureReadout):
     """Two-layer network of which only the outputs are learned; for `nn.Linear(in_features, out_features)`.
 
     A nonlinear head without a learning rate: `fit` (or `fit_readout` inside a model) solves for the values in closed
-    form; they train by gradients as well. Zero until then. x (..., in_features) -> (..., out_features), in the dtype of
-    the values.
+    form; they train by gradients as well. Zero until then, so it belongs at the end of a network, not inside.
+    x (..., in_features) -> (..., out_features), in the dtype of the values.
 
     Args:
         num_features: M of the hidden layer.
