@@ -4,6 +4,7 @@ transformer         encoder or decoder with slots for mixer, norm and feed-forwa
 vision_transformer  ViT
 resnet              small and standard ResNets
 metaformer          the MetaFormer template and PoolFormer's sizes
+raft_mlp            RaftMLP's sizes and MLP-Mixer: all-MLP backbones
 boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
 prototype_network   an autoencoder that decides by prototypes; prototype_explanation: of any model with such a head
 hugging_face        any transformers model, by config or folder
@@ -30,6 +31,12 @@ from lamina.models.prototype_explanation import explain_prototypes as explain_pr
 from lamina.models.prototype_explanation import nearest_training as nearest_training
 from lamina.models.prototype_network import PrototypeNetwork as PrototypeNetwork
 from lamina.models.prototype_network import PrototypeOutput as PrototypeOutput
+from lamina.models.raft_mlp import RaftMLP as RaftMLP
+from lamina.models.raft_mlp import load_raft_mlp as load_raft_mlp
+from lamina.models.raft_mlp import mixer_b16_e2 as mixer_b16_e2
+from lamina.models.raft_mlp import raft_mlp_l as raft_mlp_l
+from lamina.models.raft_mlp import raft_mlp_m as raft_mlp_m
+from lamina.models.raft_mlp import raft_mlp_s as raft_mlp_s
 from lamina.models.resnet import ResNet as ResNet
 from lamina.models.resnet import resnet18 as resnet18
 from lamina.models.resnet import resnet20 as resnet20

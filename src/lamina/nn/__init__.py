@@ -12,8 +12,10 @@ hopfield        association with stored patterns: mixer, pooling, look-up, memor
 hypercomplex    linear layers and convolutions with 1/n of the weights
 linear_attention  attention in time linear in the tokens, for images
 layout          sequence mixers on images and the other way round
+patch_embedding  patches of a map, with wider views beside them
 progressive_norm  layer norm that ends as batch norm (PRepBN), and batch norm with a skip (RepBN)
 prototype       distances to learned prototypes; a head that decides by them
+raft_mixer      MLPs over columns and rows of a map, or over all of it; resize_token_mixing: at any size
 random_feature_attention  frozen random heads over a set, values in closed form; random_feature_mlp: without the set
 ridge_regression  ridge regression on features of any kind, in blocks
 torch_layers    torch's activations and batch norms under the names recipes use
@@ -81,6 +83,7 @@ from lamina.nn.linear_attention import linear_attention as linear_attention
 from lamina.nn.monotone_coupling import Coupling as Coupling
 from lamina.nn.monotone_coupling import MonotoneHollow as MonotoneHollow
 from lamina.nn.monotone_coupling_conv import MonotoneHollowConv as MonotoneHollowConv
+from lamina.nn.patch_embedding import MultiScalePatchEmbed as MultiScalePatchEmbed
 from lamina.nn.pooling_mixer import ChannelNorm2d as ChannelNorm2d
 from lamina.nn.pooling_mixer import IdentityMixer as IdentityMixer
 from lamina.nn.pooling_mixer import PoolingMixer as PoolingMixer
@@ -94,10 +97,13 @@ from lamina.nn.prototype import prototype_penalties as prototype_penalties
 from lamina.nn.prototype import squared_distances as squared_distances
 from lamina.nn.proximal_softmax import ProxSoftmax as ProxSoftmax
 from lamina.nn.proximal_softmax import prox_softmax as prox_softmax
+from lamina.nn.raft_mixer import MixerTokenMixing as MixerTokenMixing
+from lamina.nn.raft_mixer import RaftTokenMixing as RaftTokenMixing
 from lamina.nn.random_feature_attention import RandomFeatureAttention as RandomFeatureAttention
 from lamina.nn.random_feature_attention import attention_features as attention_features
 from lamina.nn.random_feature_mlp import RandomFeatureMLP as RandomFeatureMLP
 from lamina.nn.random_feature_readout import fit_readout as fit_readout
+from lamina.nn.resize_token_mixing import ResizeTokenMixing as ResizeTokenMixing
 from lamina.nn.ridge_regression import RidgeFit as RidgeFit
 from lamina.nn.ridge_regression import fit_ridge as fit_ridge
 from lamina.nn.ridge_regression import ridge as ridge

@@ -1,0 +1,101 @@
+"""One level of a RaftMLP: a patch embedding, then blocks of a token mixing and a channel MLP.
+
+Source: Tatsunami, Taki, RaftMLP (2021), arXiv 2108.04384.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from lamina.errors import ShapeError
+from lamina.models._metaformer_block import DropPath
+from lamina.nn.feed_forward import FeedForward
+from lamina.nn.patch_embedding import MultiScalePatchEmbed
+from lamina.nn.resize_token_mixing import ResizeTokenMixing, resize
+from lamina.recipe import Node
+
+Grid = tuple[int, int]
+
+
+class RaftMLPBlock(nn.Module):
+    """A token mixing with residuals of its own, then x + MLP(norm(x)) over the channels. (B, C, H, W) -> same."""
+
+    def __init__(self, width: int, token_mixing: nn.Module, feed_forward: nn.Module, drop_path: float) -> None:
+        super().__init__()
+        self.token_mixing, self.norm = token_mixing, nn.LayerNorm(width)
+        self.feed_forward, self.drop_path = feed_forward, DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens, then channels."""
+        x = self.token_mixing(x)
+        return x + self.drop_path(self.feed_forward(self.norm(x.movedim(1, -1)))).movedim(-1, 1)
+
+
+class RaftMLPLevel(nn.Module):
+    """Embed patches, run the blocks. (B, in_channels, H, W) -> (B, width, H / patch, W / patch), rounded up.
+
+    Args:
+        grid: (H, W) of the blocks at the size trained on.
+        mixing: built as mixing(width=, grid=, drop_path=), a grid mixer bound to that size.
+        resize: interpolate maps of other sizes; False = refuse them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        depth: int,
+        patch: int,
+        kernels: Sequence[int],
+        grid: Grid,
+        mixing: Callable[..., nn.Module],
+        *,
+        expansion: int,
+        drop_path: float,
+        dropout: float,
+        resize: bool,
+        linear: Node,
+    ) -> None:
+        super().__init__()
+
+        def block() -> RaftMLPBlock:
+            mixer = mixing(width=width, grid=grid, drop_path=drop_path)
+            feeding = FeedForward(width, expansion * width, linear=linear, dropout=dropout)
+            return RaftMLPBlock(width, ResizeTokenMixing(mixer, grid) if resize else mixer, feeding, drop_path)
+
+        self.patch, self.resize = patch, resize
+        self.embed = MultiScalePatchEmbed(in_channels, width, kernels, patch)
+        self.blocks = nn.Sequential(*(block() for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the level."""
+        if self.resize and (x.shape[2] % self.patch or x.shape[3] % self.patch):
+            height, width = (n + -n % self.patch for n in x.shape[2:])
+            x = resize(x, (height, width))
+        mixed: Tensor = self.blocks(self.embed(x))
+        return mixed
+
+
+def level_grids(image: int | Grid, patches: Sequence[int]) -> list[Grid]:
+    """Return the (H, W) of every level for an image size; what patches do not divide is rounded up.
+
+    Raises:
+        ShapeError: an image without pixels.
+    """
+    height, width = (image, image) if isinstance(image, int) else image
+    if min(height, width) < 1:
+        raise ShapeError(f"image must be at least 1 pixel high and wide, got {image}")
+    grids = []
+    for patch in patches:
+        height, width = math.ceil(height / patch), math.ceil(width / patch)
+        grids.append((height, width))
+    return grids
+
+
+def token_mean(x: Tensor, norm: nn.Module) -> Tensor:
+    """Average the normalised channels of all positions: (B, C, H, W) -> (B, C)."""
+    mean: Tensor = norm(x.movedim(1, -1)).mean((1, 2))
+    return mean
