@@ -24,8 +24,8 @@ convolution of the values on the grid.
 
 What is measured: digits of 8 x 8 pixels, 16 patches, 1200 to train on and 597 held out, a pre-norm ViT of six blocks
 of width 64. `accuracy` of the folded model, against layer norm; `changed`: held-out images whose class the folding
-changed; `milliseconds`: a forward pass of 64 images, one thread, eager, median of 20 in turns; beside it batch 1,
-torch.compile, and plain batch norm. Linear against softmax attention, width 192, 3 heads, 196 to 3136 tokens: `slope`
+changed; `milliseconds`: a forward pass of 64 images, one thread (its own time), eager, median of 20 in turns; beside
+it batch 1, torch.compile, and plain batch norm. Linear against softmax attention, width 192, 3 heads, 196 to 3136 tokens: `slope`
 of log time over log tokens, and `slowest_from_400`, the largest time over softmax attention's at 400 tokens or more.
 
 Limits: an evaluation before lam is 0 reads statistics and gains that the training has hardly used. Processes keep
@@ -204,18 +204,19 @@ def forward_times(ours: Callable[..., object], peer: Callable[..., object], x: T
     with torch.inference_mode():
         for turn in range(-3, 4 if smoke() else REPEATS):
             for which in (0, 1) if turn % 2 else (1, 0):
-                _wait(x)
-                start = time.perf_counter()
+                start = _now(x)
                 (ours, peer)[which](x)
-                _wait(x)
                 if turn >= 0:
-                    times[which].append((time.perf_counter() - start) * 1e3)
+                    times[which].append((_now(x) - start) * 1e3)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
+def _now(x: Tensor) -> float:
+    """Read the clock; on a processor the one of this thread, which other programs on the machine do not move."""
+    if not x.is_cuda:
+        return time.thread_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def ratio(times: tuple[float, float]) -> float:
