@@ -25,8 +25,9 @@ convolution of the values on the grid.
 What is measured: digits of 8 x 8 pixels, 16 patches, 1200 to train on and 597 held out, a pre-norm ViT of six blocks
 of width 64. `accuracy` of the folded model, against layer norm; `changed`: held-out images whose class the folding
 changed; `milliseconds`: a forward pass of 64 images, one thread (its own time), eager, median of 20 in turns; beside
-it batch 1, torch.compile, and plain batch norm. Linear against softmax attention, width 192, 3 heads, 196 to 3136 tokens: `slope`
-of log time over log tokens, and `slowest_from_400`, the largest time over softmax attention's at 400 tokens or more.
+it batch 1, torch.compile, and plain batch norm. Linear against softmax attention, width 192, 3 heads, 196 to 3136
+tokens: `slope` of log time over log tokens, and `slowest_from_400`, the largest time over softmax attention's at 400
+tokens or more.
 
 Limits: an evaluation before lam is 0 reads statistics and gains that the training has hardly used. Processes keep
 statistics of their own unless `sync` is on. A decoder generates in evaluation mode. Foreign models hand their norms no
