@@ -75,6 +75,11 @@ def test_masks_forbid_or_weigh(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(hopfield_update(state, stored, 0.9, mask=added), expected)
     weights = association_weights(state, stored, 0.9, forbidden)
     torch.testing.assert_close(weights @ stored, expected)
+    own = stored.expand(2, 6, 5) * torch.tensor([1.0, -0.5])[:, None, None]
+    expected = torch.stack(
+        [torch.cat([naive(state[b, s][None], own[b][~whole[b, s]], 0.9) for s in range(4)]) for b in range(2)]
+    )
+    torch.testing.assert_close(hopfield_update(state, own, 0.9, mask=forbidden), expected)
     assert not weights[whole].any()
 
 

@@ -25,6 +25,14 @@ images; pooling by Hopfield states against the mean. (3) `bits`: bags of 16 patt
 signals in it; 1536 bags to train on, 512 to test; HopfieldPooling with 8 heads, three updates, beta 0.25, dropout 0.5
 after 185 epochs, against the mean.
 
+What was found: capacity grows as claimed, by a factor of 11 and more with every four dimensions (1, 52, 1724, 25 250
+patterns; at d = 8 two of the few patterns are too often neighbours for 99 %), and the classical net stays at 0.17 d. On
+digit bags pooling by states beats the mean by 4.2 points (94.7 against 90.5 %, in every run), as it does by little the
+largest (94.3) and gated attention (93.3), which shows nothing over attention. On bit patterns the mean of three runs is
+77.5 %, the mean pool is at chance (52.7), one head with no further updates too (56.6); but one run ends at 73.4 %, below
+the 75 % asked of each: hence `direction only`. Nothing was tried to better it. In MiniLM the heads of the first layer
+average, those of layers 1 to 3 look up one to thirty tokens, and those of the last average again (picture).
+
 Limits: not a generative memory, and nothing is forgotten. `update_steps_max=None` and an early stop look at values at
 the run: no full graph of torch.compile, no export. Dropout of the weights has no fused kernel on the CPU: there, in
 training, a table of S x N is made. `Replace` keeps outputs only where scores are plain products: positions that an

@@ -77,7 +77,7 @@ class HopfieldMemory(nn.Module):
     def separation(self) -> Tensor:
         """How far each pattern stands out, (N,): x_i . x_i less the largest x_i . x_j; infinite for one alone.
 
-        Source: definition of Delta_i, equation 5.
+        Source: Ramsauer et al. (2020), section 2, definition of the separation of a pattern.
         """
         blocks = self._rows(self.patterns).split(BLOCK)
         return torch.cat([block.square().sum(-1) - _most_alike(i, blocks) for i, block in enumerate(blocks)])
@@ -89,7 +89,7 @@ class HopfieldMemory(nn.Module):
         x_i* the fixed point at x_i. Infinite where the theorem is silent: the state lies farther than 1 / (beta N m)
         from the pattern, or the pattern does not stand out by 2 / (beta N) + log(2 (N - 1) N beta m^2) / beta.
 
-        Source: theorem 5 (equation 8) and its conditions.
+        Source: Ramsauer et al. (2020), theorem 5 and its conditions.
         """
         x, states = self._rows(self.patterns).double(), self._rows(state).double()
         count, beta = len(x), self.beta
