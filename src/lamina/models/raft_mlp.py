@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from torch import Tensor, nn
 
 from lamina.errors import RecipeError, ShapeError
-from lamina.models._raft_mlp_level import RaftMLPLevel, level_grids, token_mean
+from lamina.models._raft_mlp_block import enlarged, level_grids, make_level, token_mean
+from lamina.nn.patch_embedding import MultiScalePatchEmbed
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
 
@@ -91,12 +92,15 @@ class RaftMLP(nn.Module):
         mixing = _token_mixing(token_mixing, rafts, {"expansion": token_expansion, "dropout": dropout})
         options: dict[str, Any] = {"expansion": channel_expansion, "drop_path": drop_path, "dropout": dropout}
         options |= {"linear": linear, "resize": resize}
-        self.channels, self.features_only, self.shortcut = channels, features_only, shortcut
+        self.channels, self.features_only, self.resize = channels, features_only, resize
+        self.patches = tuple(patches)
+        self.embeds = nn.ModuleList(
+            MultiScalePatchEmbed(before, width, window, patch)
+            for before, width, window, patch in zip((channels, *widths[:-1]), widths, windows, patches, strict=True)
+        )
         self.levels = nn.ModuleList(
-            RaftMLPLevel(before, width, depth, patch, window, grid, mixing, **options)
-            for before, width, depth, patch, window, grid in zip(
-                (channels, *widths[:-1]), widths, depths, patches, windows, grids, strict=True
-            )
+            make_level(width, depth, grid, mixing, **options)
+            for width, depth, grid in zip(widths, depths, grids, strict=True)
         )
         read = () if features_only else widths if shortcut else widths[-1:]
         self.norms = nn.ModuleList(nn.LayerNorm(w) for w in read)
@@ -109,8 +113,8 @@ class RaftMLP(nn.Module):
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.channels or 0 in pixel_values.shape[2:]:
             raise ShapeError(f"RaftMLP takes images (B, {self.channels}, H, W), got {tuple(pixel_values.shape)}")
         x, maps = pixel_values, []
-        for level in self.levels:
-            x = level(x)
+        for patch, embed, level in zip(self.patches, self.embeds, self.levels, strict=True):
+            x = level(embed(enlarged(x, patch) if self.resize else x))
             maps.append(x)
         if self.features_only:
             return maps

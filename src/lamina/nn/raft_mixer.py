@@ -160,11 +160,11 @@ class TokenBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the channels of each position, mix the positions."""
-        normed = self.norm(x.flatten(-2)).view(x.shape)
+        normed = self.norm(x.flatten(-2)).unflatten(-1, x.shape[-2:])
         mixed = from_columns(self.mlp(to_columns(normed, self.axis)), self.axis, x.shape)
         if not self.training or not self.drop_path:
             return mixed
-        return mixed * F.dropout(mixed.new_ones(len(mixed), 1, 1, 1, 1), self.drop_path)
+        return mixed * F.dropout(mixed.new_ones(mixed.shape[0], 1, 1, 1, 1), self.drop_path)
 
 
 class TokenMLP(nn.Module):

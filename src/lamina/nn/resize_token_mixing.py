@@ -85,7 +85,7 @@ class ResizeTokenMixing(nn.Module):
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolate (B, C, H, W) bicubically to another (H, W); an empty batch stays empty."""
-    if not len(x):
+    if x.shape[0] == 0:
         return x.new_empty(*x.shape[:2], *size)
     return F.interpolate(x, size, mode="bicubic", align_corners=False)
 

@@ -1,4 +1,4 @@
-"""One level of a RaftMLP: a patch embedding, then blocks of a token mixing and a channel MLP.
+"""The blocks of a RaftMLP, and what its levels do to sizes.
 
 Source: Tatsunami, Taki, RaftMLP (2021), arXiv 2108.04384.
 """
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lamina.errors import ShapeError
 from lamina.models._metaformer_block import DropPath
 from lamina.nn.feed_forward import FeedForward
-from lamina.nn.patch_embedding import MultiScalePatchEmbed
 from lamina.nn.resize_token_mixing import ResizeTokenMixing, resize
 from lamina.recipe import Node
 
@@ -34,49 +33,39 @@ class RaftMLPBlock(nn.Module):
         return x + self.drop_path(self.feed_forward(self.norm(x.movedim(1, -1)))).movedim(-1, 1)
 
 
-class RaftMLPLevel(nn.Module):
-    """Embed patches, run the blocks. (B, in_channels, H, W) -> (B, width, H / patch, W / patch), rounded up.
+def make_level(
+    width: int,
+    depth: int,
+    grid: Grid,
+    mixing: Callable[..., nn.Module],
+    *,
+    expansion: int,
+    drop_path: float,
+    dropout: float,
+    resize: bool,
+    linear: Node,
+) -> nn.Sequential:
+    """Build the blocks of a level.
 
     Args:
-        grid: (H, W) of the blocks at the size trained on.
+        grid: (H, W) of its tokens at the size trained on.
         mixing: built as mixing(width=, grid=, drop_path=), a grid mixer bound to that size.
-        resize: interpolate maps of other sizes; False = refuse them.
+        resize: interpolate maps of other sizes round the mixing; False = the mixing refuses them.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        depth: int,
-        patch: int,
-        kernels: Sequence[int],
-        grid: Grid,
-        mixing: Callable[..., nn.Module],
-        *,
-        expansion: int,
-        drop_path: float,
-        dropout: float,
-        resize: bool,
-        linear: Node,
-    ) -> None:
-        super().__init__()
+    def block() -> RaftMLPBlock:
+        mixer = mixing(width=width, grid=grid, drop_path=drop_path)
+        feeding = FeedForward(width, expansion * width, linear=linear, dropout=dropout)
+        return RaftMLPBlock(width, ResizeTokenMixing(mixer, grid) if resize else mixer, feeding, drop_path)
 
-        def block() -> RaftMLPBlock:
-            mixer = mixing(width=width, grid=grid, drop_path=drop_path)
-            feeding = FeedForward(width, expansion * width, linear=linear, dropout=dropout)
-            return RaftMLPBlock(width, ResizeTokenMixing(mixer, grid) if resize else mixer, feeding, drop_path)
+    return nn.Sequential(*(block() for _ in range(depth)))
 
-        self.patch, self.resize = patch, resize
-        self.embed = MultiScalePatchEmbed(in_channels, width, kernels, patch)
-        self.blocks = nn.Sequential(*(block() for _ in range(depth)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the level."""
-        if self.resize and (x.shape[2] % self.patch or x.shape[3] % self.patch):
-            height, width = (n + -n % self.patch for n in x.shape[2:])
-            x = resize(x, (height, width))
-        mixed: Tensor = self.blocks(self.embed(x))
-        return mixed
+def enlarged(x: Tensor, patch: int) -> Tensor:
+    """Resize a map (B, C, H, W) to the next multiples of the patch; as it is where it divides."""
+    if x.shape[2] % patch == 0 and x.shape[3] % patch == 0:
+        return x
+    return resize(x, (x.shape[2] + -x.shape[2] % patch, x.shape[3] + -x.shape[3] % patch))
 
 
 def level_grids(image: int | Grid, patches: Sequence[int]) -> list[Grid]:
