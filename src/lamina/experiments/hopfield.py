@@ -29,7 +29,7 @@ What was found: capacity grows as claimed, by a factor of 11 and more with every
 patterns; at d = 8 two of the few patterns are too often neighbours for 99 %), and the classical net stays at 0.17 d. On
 digit bags pooling by states beats the mean by 4.2 points (94.7 against 90.5 %, in every run), as it does by little the
 largest (94.3) and gated attention (93.3), which shows nothing over attention. On bit patterns the mean of three runs is
-77.5 %, the mean pool is at chance (52.7), one head with no further updates too (56.6); but one run ends at 73.4 %, below
+77.5 %, the mean pool at chance (52.7) and one head without further updates at 56.6; but one run ends at 73.4 %, below
 the 75 % asked of each: hence `direction only`. Nothing was tried to better it. In MiniLM the heads of the first layer
 average, those of layers 1 to 3 look up one to thirty tokens, and those of the last average again (picture).
 
