@@ -34,8 +34,8 @@ It takes 0.91 of layer norm's time, from 0.86 to 0.94 over the seeds: the bar of
 norm is only about a twentieth of this forward pass here, once the residual stream lies in order (which the baseline
 has too); before the folding the model is as fast as layer norm's. The paper's other half, that batch norm alone fails,
 does not show at this size: with it the net is the best of the three (98.9 %). Linear attention is faster from 400
-tokens on and five times as fast at 3136; its time grows by a power of 0.9 where softmax attention's grows by 1.6, as the
-projections of both are linear and count much.
+tokens on and five times as fast at 3136; its time grows by a power of 0.9 where softmax attention's grows by 1.6, as
+the projections of both are linear and count much.
 
 Limits: an evaluation before lam is 0 reads statistics and gains that the training has hardly used. Processes keep
 statistics of their own unless `sync` is on. A decoder generates in evaluation mode. Foreign models hand their norms no
