@@ -20,7 +20,7 @@ Grid = tuple[int, int]
 
 
 class RaftMLPBlock(nn.Module):
-    """A token mixing with residuals of its own, then x + MLP(norm(x)) over the channels. (B, C, H, W) -> same."""
+    """A token mixing with residuals of its own, then x + MLP(norm(x)) over the channels. (B, H, W, C) -> same."""
 
     def __init__(self, width: int, token_mixing: nn.Module, feed_forward: nn.Module, drop_path: float) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class RaftMLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens, then channels."""
-        x = self.token_mixing(x)
-        return x + self.drop_path(self.feed_forward(self.norm(x.movedim(1, -1)))).movedim(-1, 1)
+        x = self.token_mixing(x.movedim(-1, 1)).movedim(1, -1)
+        return x + self.drop_path(self.feed_forward(self.norm(x)))
 
 
 def make_level(
@@ -45,7 +45,7 @@ def make_level(
     resize: bool,
     linear: Node,
 ) -> nn.Sequential:
-    """Build the blocks of a level.
+    """Build the blocks of a level, (B, H, W, C) -> same.
 
     Args:
         grid: (H, W) of its tokens at the size trained on.

@@ -28,7 +28,10 @@ def renamed(state: dict[str, Tensor], model: RaftMLP) -> dict[str, Tensor]:
             if place < 2:
                 part = _prefixed(f"embeds.{level}.", _embedding(model.embeds[level], match[2], rest, value))
             else:
-                part = _prefixed(f"levels.{level}.{place - 2}.", _block(model.levels[level].get_submodule(str(place - 2)), rest, value))
+                part = _prefixed(
+                    f"levels.{level}.{place - 2}.",
+                    _block(model.levels[level].get_submodule(str(place - 2)), rest, value),
+                )
             found |= part
         elif match := re.fullmatch(r"heads\.(\d+)\.(\d+)\.(\w+)", name):
             found[f"{'norms' if match[2] == '1' else 'shortcuts'}.{match[1]}.{match[3]}"] = value

@@ -114,7 +114,8 @@ class RaftMLP(nn.Module):
             raise ShapeError(f"RaftMLP takes images (B, {self.channels}, H, W), got {tuple(pixel_values.shape)}")
         x, maps = pixel_values, []
         for patch, embed, level in zip(self.patches, self.embeds, self.levels, strict=True):
-            x = level(embed(enlarged(x, patch) if self.resize else x))
+            x = embed(enlarged(x, patch) if self.resize else x)
+            x = level(x.movedim(1, -1)).movedim(-1, 1)
             maps.append(x)
         if self.features_only:
             return maps
