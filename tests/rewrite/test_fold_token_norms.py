@@ -345,6 +345,20 @@ def test_layers_that_are_not_what_they_seem_are_left_alone(change: Any, words: s
     torch.testing.assert_close(rewrite(model, Fold(), data=[{"x": x}])(x), expected)
 
 
+def test_norms_that_are_no_scale_and_shift_stay_with_their_reason() -> None:
+    norms = nn.Sequential(rep(), TokenBatchNorm(6, track_running_stats=False), rep(), PRepBN(6)).eval()
+    norms[2].register_forward_hook(lambda module, args, output: output * 2)
+    norms[3].set_progress(1.0)
+    norms[3].rep.register_forward_hook(lambda module, args, output: output * 2)
+    x = drawn(2, 16, 6)
+    expected = norms(x)
+    decision = Fold().decide(norms, [{"x": x}])
+    assert list(decision.norms) == ["0"]
+    assert "keeps no running statistics" in decision.skipped["1"]
+    assert decision.skipped["2"] == decision.skipped["3"] == "hooks are registered on it"
+    torch.testing.assert_close(rewrite(norms, Fold(), data=[{"x": x}])(x), expected)
+
+
 def test_attention_without_a_bias_and_cross_attention_keep_a_scale_and_shift() -> None:
     model, batch = encoder(bias=False)
     decision = Fold().decide(trained(model), [batch])

@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lamina.anatomy import get
 from lamina.batches import Batch, to_device
 from lamina.nn import PRepBN, RepBN, TokenBatchNorm
-from lamina.rewrite._conv_bn_pairs import first_batch, module_reason
+from lamina.rewrite._conv_bn_pairs import first_batch, module_reason, norm_reason
 from lamina.rewrite._folding import norm_scale_and_shift
 from lamina.rewrite._neighbours import (
     Neighbours,
@@ -48,6 +48,13 @@ def token_norms(model: nn.Module) -> dict[str, nn.Module]:
     found = {p: m for p, m in model.named_modules() if type(m) in (PRepBN, RepBN, TokenBatchNorm)}
     whole = tuple(f"{path}." if path else "" for path, m in found.items() if isinstance(m, PRepBN))
     return {p: m for p, m in found.items() if not (whole and p.startswith(whole) and not isinstance(m, PRepBN))}
+
+
+def token_norm_reason(norm: nn.Module) -> str:
+    """Say why a norm of tokens must stay as it is; empty = it is a scale and shift in evaluation."""
+    if isinstance(norm, TokenBatchNorm):
+        return norm_reason(norm)
+    return next((reason for m in norm.modules() if (reason := module_reason(m))), "")
 
 
 def destinations(

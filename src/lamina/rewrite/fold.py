@@ -32,7 +32,7 @@ from lamina.rewrite._conv_bn_pairs import Pairs, find_pairs, first_batch
 from lamina.rewrite._folding import ChannelAffine as ChannelAffine
 from lamina.rewrite._folding import fold_into_consumer, fold_into_producer, norm_scale_and_shift
 from lamina.rewrite._links import tensors_in
-from lamina.rewrite._token_norms import HUGGING_FACE_LINEAR, destinations, token_norms
+from lamina.rewrite._token_norms import HUGGING_FACE_LINEAR, destinations, token_norm_reason, token_norms
 
 _log = logging.getLogger(__name__)
 
@@ -108,16 +108,17 @@ class Fold:
         seen = None if batch is None else [batch]
         tokens = {p: m for p, m in token_norms(model).items() if self._matches(p)}
         pairs = self._pairs(model, seen, bool(tokens))
-        rest = {p: m for p, m in tokens.items() if p not in pairs.found}
+        skipped = pairs.skipped | {p: why for p, m in tokens.items() if (why := token_norm_reason(m))}
+        rest = {p: m for p, m in tokens.items() if p not in pairs.found and not token_norm_reason(m)}
         _check_ready(model, [*pairs.found, *rest])
         norms = {p: NormFold("producer", (layer,), f"alone reads {layer}") for p, layer in pairs.found.items()}
         norms |= (
             {p: NormFold(d.into, d.modules, d.why) for p, d in destinations(model, rest, seen).items()} if rest else {}
         )
         if not norms:
-            why = "; ".join(f"{path}: {reason}" for path, reason in list(pairs.skipped.items())[:3])
+            why = "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:3])
             raise AnatomyError(f"no norm of {type(model).__name__} can be folded: {why}")
-        decision = FoldDecision(norms, {p: why for p, why in pairs.skipped.items() if p not in norms})
+        decision = FoldDecision(norms, {p: why for p, why in skipped.items() if p not in norms})
         if batch is not None and rest:
             _verify(model, decision, batch)
         return decision
