@@ -11,6 +11,7 @@ from torch import Tensor
 from lamina.errors import ShapeError
 from lamina.models import MetaFormer, Transformer, VisionTransformer
 from lamina.nn import SimplifiedLinearAttention, linear_attention
+from lamina.rewrite import Hypercomplex, rewrite
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -134,6 +135,13 @@ def test_the_length_of_the_keys_does_not_matter_and_a_negative_query_gives_zeros
     q[0, 3] = 0
     assert torch.equal(linear_attention(q, k, v)[0, 3], torch.zeros(4))
     assert torch.isfinite(linear_attention(torch.zeros_like(q), k, v)).all()
+
+
+def test_its_projections_may_become_other_layers() -> None:
+    model = VisionTransformer(8, 2, 2, 8, 2, classes=3, pool="mean", mixer="simplified_linear_attention")
+    model = rewrite(model, Hypercomplex(n=2))
+    assert type(model.blocks[0].mixer.out).__name__ == "PHMLinear"
+    assert model(drawn(2, 3, 8, 8)).shape == (2, 3)
 
 
 def test_it_runs_on_the_meta_device_under_autocast() -> None:

@@ -5,8 +5,9 @@ Trained with batch norm alone, deep transformers may collapse; here every norm b
 batch norm with a skip, which in evaluation is a scale and shift, and goes into the linear layers that read it.
 
     model = rewrite(model, ProgressiveNorm())                          # any model with layer or RMS norms
-    for step in range(steps):                                          # (the trainer does this line itself)
-        [m.set_progress(step / steps) for m in model.modules() if isinstance(m, PRepBN)]
+    for step in range(steps):
+        for norm in (m for m in model.modules() if isinstance(m, PRepBN)):
+            norm.set_progress(step / steps)                            # (our trainer does this itself)
         ...
     model = rewrite(model.eval(), Calibrate(200), Fold(), data=batches)             # no norm is left
     vit = VisionTransformer(mixer="simplified_linear_attention", pool="mean")       # from the start, or in a model:

@@ -87,10 +87,11 @@ class SimplifiedLinearAttention(nn.Module):
             )
         position = F.pad(self.position, (0, 0, self.prefix, 0)) if self.prefix else self.position
         q, k, v = F.relu(self.query(x)), F.relu(self.key(x) + position), self.value(x)
+        dtype = v.dtype
         with without_autocast(x.device):
             q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
             mixed = self._attend(q, k, v) + self._convolve(v)
-        return self.out(mixed.to(self.out.weight.dtype))
+        return self.out(mixed.to(dtype))
 
     def extra_repr(self) -> str:
         """Show what the children do not."""

@@ -254,7 +254,7 @@ def _successor(
             sync=decision.sync,
         )
     new = new.to(like.dtype)
-    # The blend and the statistics are counted in float32, whatever the weights are.
+    # A fraction of a step is lost in half precision.
     new.lam = new.lam.float()
     for value, source in _copy(new.norm, old):
         lineage.derive(value, source)
