@@ -174,6 +174,7 @@ def official(model: RaftMLP, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 KINDS: list[dict[str, Any]] = [
     {},
     {"shortcut": True, "rafts": 4, "image": (9, 13)},
+    {"shortcut": True, "widths": (4, 6, 8), "depths": (1, 1, 1), "patches": (2, 2, 2)},
     {"rafts": 1, "embedding": "patch"},
     {"token_mixing": "mixer", "embedding": "patch", "shortcut": True},
     {"token_mixing": "mixer", "kernels": ((2, 6), (2, 4))},

@@ -98,8 +98,9 @@ def test_bad_kernels_are_refused(kernels: tuple[int, ...], stride: int, words: s
 
 def test_bad_maps_are_refused() -> None:
     embed = MultiScalePatchEmbed(3, 8, (4, 8), 4)
-    with pytest.raises(ShapeError, match=r"a map of \(8, 10\) does not divide into patches of 4"):
-        embed(maps(1, 3, 8, 10))
+    for size in ((8, 10), (10, 8)):
+        with pytest.raises(ShapeError, match=rf"a map of \({size[0]}, {size[1]}\) does not divide into patches of 4"):
+            embed(maps(1, 3, *size))
     for x in (maps(1, 1, 8, 8), maps(3, 8, 8), maps(1, 3, 8, 8).long()):
         with pytest.raises(ShapeError, match=r"floating-point maps \(B, 3, H, W\)"):
             embed(x)
