@@ -181,7 +181,7 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("size", [(12, 12), (16, 9), (7, 31)])
+@pytest.mark.parametrize("size", [(12, 12), (16, 9), (5, 31)])
 @pytest.mark.parametrize("options", KINDS)
 def test_it_is_the_official_network_at_any_size_with_all_gradients(
     options: dict[str, Any], size: tuple[int, int]

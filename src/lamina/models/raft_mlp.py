@@ -33,7 +33,7 @@ class RaftMLP(nn.Module):
         widths: channels per level, multiples of rafts.
         depths: blocks per level.
         patches: side of the patches that begin each level.
-        rafts: channels that a token MLP sees together; 1 = each channel alone.
+        rafts: channels that a token MLP sees together; 1 = each channel alone. Not read with token_mixing="mixer".
         kernels: per level, the windows of the multi-scale embedding (see `MultiScalePatchEmbed`); None = once and
             twice the patch, at the last level the patch alone (the published ones). Only with "multi_scale".
         image: (H, W) or side of the images it is trained on, in pixels.
