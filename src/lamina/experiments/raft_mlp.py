@@ -9,7 +9,7 @@ map at a cost of N^1.5, in the mixer slot of other networks or in place of atten
     MetaFormer(mixers={"name": "raft_token_mixing", "residual": False}, image=224)                # in a slot of ours
     load_raft_mlp(state, model)                                 # weights that okojoalg/raft-mlp saved
 
-In a recipe: `model: {name: raft_mlp_s, drop_path: 0.0}`; classes, channels and image come from the data set. A run of a
+In a recipe: `model: {name: raft_mlp_s, drop_path: 0.0}`; classes, channels and image come from the data set. Half a
 minute on digits: `tests/composition/recipes/raft_mlp_on_digits_lamb_drop_distillation.yaml`.
 
 How it works: an MLP of every column, then one of every row, then one of the channels of each position, each after a
