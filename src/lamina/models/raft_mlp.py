@@ -124,10 +124,10 @@ class RaftMLP(nn.Module):
 
     def _features(self, maps: list[Tensor]) -> Tensor:
         """Average the last level; from there backward, each level before scales and shifts the average."""
-        *befores, last = maps[-len(self.norms) :]
+        *earlier, last = maps[-len(self.norms) :]
         features = token_mean(last, self.norms[-1])
         for x, norm, shortcut in zip(
-            reversed(befores), reversed(self.norms[:-1]), reversed(self.shortcuts), strict=True
+            reversed(earlier), reversed(self.norms[:-1]), reversed(self.shortcuts), strict=True
         ):
             scale, shift = shortcut(token_mean(x, norm)).chunk(2, dim=1)
             features = scale * features + shift
