@@ -402,13 +402,15 @@ def test_it_exports() -> None:
 def test_inductors_own_pass_finds_as_many_pairs_and_the_same_numbers() -> None:
     import torch._inductor.config as config
     from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
 
     plain = small().eval()
     tuned, x = rewrite(copy.deepcopy(plain), ConvBN()), images()["pixel_values"]
     torch.compiler.reset()
     counters.clear()
     expected = gradients(copy.deepcopy(plain), x)
-    with config.patch(efficient_conv_bn_eval_fx_passes=True):
+    # A graph compiled in an earlier run would be taken from the cache on disk, and no pass would be counted.
+    with config.patch(efficient_conv_bn_eval_fx_passes=True), fresh_cache():
         theirs = gradients(torch.compile(plain), x)
     assert counters["inductor"]["efficient_conv_bn_eval"] == len(ConvBN().decide(small().eval()).pairs) == 6
     ours = gradients(torch.compile(tuned, fullgraph=True), x)
