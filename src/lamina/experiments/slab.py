@@ -31,8 +31,9 @@ tokens: `slope` of log time over log tokens, and `slowest_from_400`, the largest
 tokens or more.
 
 What was found: the folded model is a point above layer norm (96.9 % against 95.9 %), and no image changes its class.
-It takes 0.92 of layer norm's time (0.91 to 0.93 over the seeds, 0.86 to 0.94 in a run before): the bar is missed. Layer
-norm is only about a twentieth of this forward pass here, once the residual stream lies in order (which the baseline
+It takes 0.93 of layer norm's time at batch 64 (0.92 to 0.93 over the seeds on a quiet machine, 0.86 to 0.94 in two runs
+before, on a loaded one): the bar is missed; for one image it takes 0.89, compiled 0.90 (reported, no bar). Layer norm
+is only about a twentieth of this forward pass here, once the residual stream lies in order (which the baseline
 has too); before the folding the model is as fast as layer norm's. The paper's other half, that batch norm alone fails,
 does not show at this size: with it the net is the best of the three (98.9 %). Linear attention is faster from 400
 tokens on and five times as fast at 3136; its time grows by a power of 0.9 where softmax attention's grows by 1.6, as
