@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from lamina.errors import LaminaError
 from lamina.optim import parameter_groups
+from lamina.optim._layerwise import trust_ratio, trust_ratio_of_numbers
 from lamina.optim.lamb import LAMB
 
 EXAMPLES = [
@@ -480,3 +481,15 @@ def test_a_flattened_model_is_warned_about() -> None:
     flat._is_flat_param = True  # type: ignore[attr-defined]
     with pytest.warns(UserWarning, match="one layer"):
         LAMB([flat])
+
+
+@pytest.mark.parametrize("phi", [None, (0.0, 10.0), (0.5, 2.0)])
+@pytest.mark.parametrize("clip", [False, True])
+def test_ratios_of_numbers_are_the_ratios_of_tensors(phi: tuple[float, float] | None, clip: bool) -> None:
+    squares = [0.0, 1e-30, 0.25, 7.0, 1e6, math.inf, math.nan]
+    for x in squares:
+        for u in squares:
+            norms = (torch.tensor(v, dtype=torch.float64).sqrt() for v in (x, u))
+            expected = trust_ratio(*norms, phi=phi, clip=clip)
+            found = torch.tensor(trust_ratio_of_numbers(x, u, phi, clip), dtype=torch.float64)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0, equal_nan=True)

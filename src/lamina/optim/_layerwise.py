@@ -5,6 +5,7 @@ A "layer" is one parameter tensor. Nothing here waits for the device: ratios sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any, TypeVar
@@ -163,6 +164,16 @@ def trust_ratio(x_norm: Tensor, u_norm: Tensor, *, phi: Bounds | None = None, cl
     scale = x_norm if phi is None else x_norm.clamp(*phi)
     ratio = torch.where(torch.minimum(x_norm, u_norm) > 0, scale / u_norm, 1.0)
     return ratio.clamp(max=1.0) if clip else ratio
+
+
+def trust_ratio_of_numbers(x_square: float, u_square: float, phi: Bounds | None, clip: bool) -> float:
+    """Return what `trust_ratio` does, of squared norms that are numbers."""
+    if not (x_square > 0 and u_square > 0):
+        return 1.0
+    scale = math.sqrt(x_square)
+    scale = scale if phi is None else min(max(scale, phi[0]), phi[1])
+    ratio = scale / math.sqrt(u_square)
+    return min(ratio, 1.0) if clip else ratio
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:

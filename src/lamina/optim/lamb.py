@@ -241,13 +241,12 @@ class _Layers:
             torch._foreach_zero_(buffers)
         x_squares = layerwise.squared_norms(values) if self._adapts() else []
         self._fused_adam(values, buffers)
-        if self._adapts():
-            ratios = self._ratios(x_squares, layerwise.squared_norms(buffers), self.layers)
-        else:
-            ratios = buffers[0].new_ones(len(values))
-        rates = (ratios * self.group["lr"]).unbind()
-        for x, u, rate, value in zip(values, buffers, rates, self.values, strict=True):
-            x.addcmul_(u, rate)
+        u_squares = layerwise.squared_norms(buffers) if self._adapts() else []
+        for x, u, rate, value in zip(values, buffers, self._rates(x_squares, u_squares), self.values, strict=True):
+            if isinstance(rate, Tensor):
+                x.addcmul_(u, rate)
+            else:
+                x.add_(u, alpha=rate)
             if x is not value:
                 value.copy_(x)
 
@@ -273,6 +272,22 @@ class _Layers:
             amsgrad=False,
             maximize=False,
         )
+
+    def _rates(self, x_squares: list[Tensor], u_squares: list[Tensor]) -> Sequence[Tensor | float]:
+        """Return each layer's rate; as numbers where the host has them anyway: a dozen small operations fewer."""
+        rate, count = self.group["lr"], len(self.layers)
+        on_host = layerwise.chunk_limit(self.layers) is not None and not torch.compiler.is_compiling()
+        if not on_host or isinstance(rate, Tensor):
+            ratios = self._ratios(x_squares, u_squares, self.layers) if x_squares else self.exp_avgs[0].new_ones(count)
+            return (ratios * rate).unbind()
+        if not x_squares:
+            return [rate] * count
+        if self.optimizer.record:
+            self._ratios(x_squares, u_squares, self.layers)
+        return [
+            rate * layerwise.trust_ratio_of_numbers(x, u, self.group["phi"], self.group["trust_clip"])
+            for x, u in zip(torch.stack(x_squares).tolist(), torch.stack(u_squares).tolist(), strict=True)
+        ]
 
     def _adapts(self) -> bool:
         adapt = self.group["adapt"]
