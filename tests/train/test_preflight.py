@@ -104,8 +104,27 @@ def test_training_refuses_a_model_that_no_batch_passes_through(tmp_path, model: 
         train(load(text + "optimizer: {name: adamw, lr: 1e-3}\n"), folder=tmp_path / "run")
 
 
+class WithoutMeta(nn.Module):
+    """Its kernel for meta refuses what the real one takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 11)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if input_ids.is_meta:
+            raise RuntimeError("Expected inputs of BF16 type")
+        return self.table(input_ids)
+
+
+def test_what_only_meta_refuses_is_asked_of_the_model_itself() -> None:
+    model = WithoutMeta()
+    refuse_batch({"name": f"{__name__}:WithoutMeta"}, model, rows())
+    assert model.training
+
+
 def test_parts_that_are_there_already_stay_where_they_are() -> None:
     table = nn.Linear(3, 3)
-    refuse_batch({"name": "transformer", "norm": table}, rows())
-    refuse_batch(table, rows())
+    refuse_batch({"name": "transformer", "norm": table}, table, rows())
+    refuse_batch(table, table, rows())
     assert not table.weight.is_meta

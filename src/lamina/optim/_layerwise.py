@@ -1,6 +1,6 @@
 """What the layer-wise optimizers share: norms over whole tensors, across shards, and the trust ratio.
 
-A "layer" is one parameter tensor. Nothing here waits for the device: ratios stay tensors.
+A "layer" is one parameter tensor. Nothing here waits for the device: ratios stay tensors, unless they are on the host anyway.
 """
 
 from __future__ import annotations

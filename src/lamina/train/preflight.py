@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamina.anatomy import describe
-from lamina.batches import call
+from lamina.anatomy import describe, undisturbed
+from lamina.batches import call, to_device
 from lamina.data import Data
 from lamina.errors import AnatomyError, LaminaError
 from lamina.objectives.objective import Objective
@@ -40,10 +40,14 @@ def refuse_misfits(model: nn.Module, sizes: Mapping[str, Any], passes: Sequence[
         raise Misfit("rewrite[0]", str(error)) from error
 
 
-def refuse_batch(node: Any, data: Data) -> None:
-    """Refuse the node of a model that no batch of the data passes through; neither weights nor memory are needed.
+def refuse_batch(node: Any, model: nn.Module, data: Data) -> None:
+    """Refuse a model that no batch of the data passes through; it is asked itself only where one on `meta` says so.
 
     Nothing is said of a model that cannot be built or run on `meta`, or has parts that are built already.
+
+    Args:
+        node: of the recipe.
+        model: what was built of it.
 
     Raises:
         RecipeError: with the shapes of the batch and the words of the layer that does not take them.
@@ -52,21 +56,27 @@ def refuse_batch(node: Any, data: Data) -> None:
         return
     try:
         with torch.device("meta"):
-            model: nn.Module = build(node, "model", **data.sizes)
+            weightless: nn.Module = build(node, "model", **data.sizes)
     except (NotImplementedError, RuntimeError):
         return
-    try_batch(model.to("meta"), call, data)
+    try:
+        try_batch(weightless.to("meta"), call, data)
+    except Misfit:
+        # Kernels for meta refuse what the real ones take (grouped products of experts in float32).
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), undisturbed(model):
+            try_batch(model, call, data)
 
 
 def try_batch(model: nn.Module, objective: Objective | Callable[..., Any], data: Data) -> str | None:
-    """Send one batch through a model on `meta`, where nothing is computed; return why it could not be tried, or None.
+    """Send one batch through a model, on `meta` without computing; return why it could not be tried, or None.
 
     Raises:
         RecipeError: the batch does not pass through the model, or the objective cannot use what comes out.
     """
     batch = data.train.batch(torch.arange(min(2, len(data.train))))
+    device = next((p.device for p in model.parameters()), torch.device("meta"))
     try:
-        objective(model, {name: values.to("meta") for name, values in batch.items()})
+        objective(model, to_device(batch, device))
     except LaminaError as error:
         raise Misfit("model", f"a batch of the data does not fit: {error}") from error
     except Exception as error:

@@ -75,9 +75,9 @@ def trainer(recipe: Recipe, world: World, folder: Path | None) -> Trainer:
     """Build everything a checked recipe names; the weights are drawn from the seed of `train`."""
     options = TrainOptions(**recipe.train)
     data: Data = build(recipe.data, "data")
-    refuse_batch(recipe.model, data)
     torch.manual_seed(options.seed)
     model: nn.Module = build(recipe.model, "model", **data.sizes)
+    refuse_batch(recipe.model, model, data)
     refuse_misfits(model, data.sizes, [build(node, "pass", f"rewrite[{i}]") for i, node in enumerate(recipe.rewrite)])
     reducer = None
     if recipe.gradients is not None:
