@@ -1,6 +1,7 @@
 """What the layer-wise optimizers share: norms over whole tensors, across shards, and the trust ratio.
 
-A "layer" is one parameter tensor. Nothing here waits for the device: ratios stay tensors, unless they are on the host anyway.
+A "layer" is one parameter tensor. Nothing here waits for the device: ratios stay tensors, unless the host has them
+anyway.
 """
 
 from __future__ import annotations
