@@ -270,6 +270,23 @@ def test_check_builds_for_real_what_cannot_be_on_meta(capsys: pytest.CaptureFixt
     assert err.startswith("the model cannot be built on the meta device")
 
 
+def test_check_asks_a_model_of_numbers_where_only_meta_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixtral = (
+        "{model_type: mixtral, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2, "
+        "num_key_value_heads: 2, vocab_size: 256, pad_token_id: 0}"
+    )
+    path = tmp_path / "experts.yaml"
+    path.write_text(
+        f"model: {{name: hugging_face, task: causal_lm, config: {mixtral}}}\n"
+        "data: {name: text, context: 8, batch: 2, limit: 20000}\nobjective: next_token\n"
+        "optimizer: {name: adamw, lr: 1e-3}\ntrain: {steps: 2}\n"
+    )
+    run("check", str(path))
+    assert "its shapes pass through" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.usefixtures("recipe")
 def test_check_of_a_search_space_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     run("check", "mine.yaml", "model.width=!oneof [2, 4]")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from lamina.recipe import Recipe
 
+CONFIRMED_UP_TO = 2**27
+"""Parameters of a model that `check` may build in memory where one without memory refuses a batch."""
+
 FIRST = "first"
 """The shipped recipe that `lamina train` runs when no other is named."""
 
@@ -252,6 +255,7 @@ def _grow(tree: Any, key: str, value: Any) -> None:
 
 def _estimates(recipe: Recipe) -> list[str]:
     """Build the data, the model on no memory, and the optimizer; say what a step costs."""
+    from lamina.errors import RecipeError
     from lamina.recipe import build, objectives, open_choice
     from lamina.train.preflight import refuse_misfits, try_batch
 
@@ -264,7 +268,14 @@ def _estimates(recipe: Recipe) -> list[str]:
     for i, node in enumerate(objectives(recipe)):
         place = f"objective[{i}]" if isinstance(recipe.objective, list) else None
         objective = build(node, "objective", place, model=model, **data.sizes)
-        untried = untried or try_batch(model.to("meta"), objective, data)
+        try:
+            untried = untried or try_batch(model.to("meta"), objective, data)
+        except RecipeError:
+            # Kernels for meta refuse what the real ones take (grouped products of experts): a model of numbers decides.
+            if sum(p.numel() for p in model.parameters()) > CONFIRMED_UP_TO:
+                raise
+            real = build(recipe.model, "model", **data.sizes)
+            try_batch(real, build(node, "objective", place, model=real, **data.sizes), data)
     states = _states_per_weight(recipe)
     weights = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
