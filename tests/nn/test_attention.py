@@ -102,6 +102,27 @@ def test_rotation_by_hand() -> None:
     assert torch.equal(rotate(x, torch.tensor([0])), x)
 
 
+def test_a_fraction_of_each_head_turns_as_a_narrower_head_would() -> None:
+    x, at = torch.randn(2, 3, 5, 8), torch.arange(5)
+    turned = rotate(x, at, width=2)
+    assert torch.equal(turned[..., :2], rotate(x[..., :2], at))
+    assert torch.equal(turned[..., 2:], x[..., 2:])
+    assert torch.equal(rotate(x, at, width=8), rotate(x, at))
+    layer, whole, plain = make(rotary=True, rotary_fraction=0.5), make(rotary=True), make()
+    x = torch.randn(1, 6, 16, dtype=torch.float64)
+    assert layer.rotary_width == 2
+    assert torch.equal(make(rotary=True, rotary_fraction=1.0)(x), whole(x))
+    outs = [layer(x), whole(x), plain(x)]
+    assert not any(torch.allclose(outs[i], outs[i - 1], atol=1e-4) for i in range(3))
+    q, k, v = (p(x).unflatten(-1, (4, 4)).transpose(1, 2) for p in (layer.query, layer.key, layer.value))
+    q, k = (torch.cat((rotate(t[..., :2], torch.arange(6)), t[..., 2:]), -1) for t in (q, k))
+    heads = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
+    assert torch.allclose(layer.out(heads.transpose(1, 2).flatten(2)), outs[0], atol=1e-12)
+    for wrong in (0.0, 1.5, 0.25):
+        with pytest.raises(ShapeError, match=r"rotary"):
+            make(rotary=True, rotary_fraction=wrong)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 300))
 def test_scores_depend_on_the_distance_alone(query: int, key: int, shift: int) -> None:
@@ -173,6 +194,41 @@ def test_mask_by_hand() -> None:
     mask = visible(2, 4, True, torch.tensor([[0, 1, 1, 0]]))
     assert mask is not None
     assert mask.int().tolist() == [[[[0, 1, 1, 0], [0, 1, 1, 1]]]]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7])
+def test_causal_blocks_see_their_own_block_whole_and_earlier_ones(block: int) -> None:
+    layer, x = make(causal_block=block), torch.randn(2, 7, 16, dtype=torch.float64)
+    seen = torch.zeros(7, 7, dtype=torch.bool)
+    for row in range(7):
+        seen[row, : (row // block + 1) * block] = True
+    mask = visible(7, 7, block)
+    assert mask is not None
+    assert torch.equal(mask[0, 0], seen)
+    wide = make()
+    for row in range(7):
+        last = min((row // block + 1) * block, 7)
+        assert torch.allclose(layer(x)[:, row], wide(x[:, :last])[:, row])
+    if block == 1:
+        assert torch.allclose(layer(x), make(causal=True)(x))
+
+
+def test_causal_blocks_are_generated_block_by_block_from_a_cache() -> None:
+    layer, x, cache = make(causal_block=3, rotary=True), torch.randn(2, 9, 16, dtype=torch.float64), KeyValueCache()
+    parts = []
+    for length in (6, 3):
+        parts.append(layer(x[:, cache.length : cache.length + length], cache=cache))
+        cache.advance(length)
+    assert torch.allclose(torch.cat(parts, 1), layer(x))
+    cache = KeyValueCache()
+    layer(x[:, :4], cache=cache)
+    cache.advance(4)
+    with pytest.raises(ValueError, match="in whole blocks"):
+        layer(x[:, 4:6], cache=cache)
+    with pytest.raises(ValueError, match="give causal or causal_block=3, not both"):
+        make(causal=True, causal_block=3)
+    with pytest.raises(ShapeError, match="causal_block must be at least 1, got 0"):
+        make(causal_block=0)
 
 
 def test_own_kernel_gets_full_heads_and_the_mask() -> None:

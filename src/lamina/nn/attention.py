@@ -79,8 +79,10 @@ class Attention(nn.Module):
         bias: give the four projections a bias.
         output_bias: give the output projection one; None = as bias says.
         causal: a token sees itself and earlier tokens only.
+        causal_block: a token sees its whole block of this many tokens and the earlier blocks; in place of causal.
         rotary: turn queries and keys by their position (halves paired, as in Llama).
         rotary_base: the slowest wave length is 2 pi times this, in tokens.
+        rotary_fraction: share of each head's channels that turn, the first ones; above 0, up to 1.
         context: the longest sequence allowed (with the cache's tokens); None = any.
         dropout: of attention weights, in training; 0..1. Not with a kernel of your own.
         linear: the four projections, built as linear(in, out, bias=).
@@ -104,8 +106,10 @@ class Attention(nn.Module):
         bias: bool = False,
         output_bias: bool | None = None,
         causal: bool = False,
+        causal_block: int | None = None,
         rotary: bool = False,
         rotary_base: float = 10000.0,
+        rotary_fraction: float = 1.0,
         context: int | None = None,
         dropout: float = 0.0,
         kernel: Kernel | None = None,
@@ -113,10 +117,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.causal, self.rotary, self.rotary_base = width, causal, rotary, rotary_base
+        self.causal_block = _checked_block(causal_block, causal)
         self.heads, self.kv_heads, self.head_width = _head_sizes(width, heads, kv_heads, head_width)
         self.context, self.dropout, self.kernel = context, dropout, kernel
-        if rotary and self.head_width % 2:
-            raise ShapeError(f"rotary positions pair up channels: head_width must be even, got {self.head_width}")
+        self.rotary_width = _rotary_width(self.head_width, rotary_fraction) if rotary else 0
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         if dropout and kernel is not None:
@@ -150,7 +154,7 @@ class Attention(nn.Module):
         if self.rotary:
             if positions is None:
                 positions = torch.arange(past, past + x.shape[1], device=x.device)
-            q, k = (rotate(t, positions, base=self.rotary_base) for t in (q, k))
+            q, k = (rotate(t, positions, base=self.rotary_base, width=self.rotary_width) for t in (q, k))
         if cache is not None:
             k, v = cache.extend(self, k, v)
         return self.out(self._attend(q, k, v, attention_mask, past).transpose(1, 2).flatten(2))
@@ -162,14 +166,16 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what the projections do not."""
-        return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, rotary={self.rotary}"
+        block = "" if self.causal_block is None else f", causal_block={self.causal_block}"
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, rotary={self.rotary}{block}"
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_width)).transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, keys_seen: Tensor | None, past: int) -> Tensor:
         plain_causal = self.causal and keys_seen is None and past == 0 and self.kernel is None
-        mask = None if plain_causal else visible(q.shape[2], k.shape[2], self.causal, keys_seen, device=q.device)
+        block = 1 if self.causal else self.causal_block
+        mask = None if plain_causal else visible(q.shape[2], k.shape[2], block, keys_seen, device=q.device)
         grouped = self.kv_heads != self.heads
         if self.kernel is not None:
             if grouped:
@@ -185,10 +191,12 @@ class Attention(nn.Module):
             raise ShapeError(
                 f"Attention takes floating-point (batch, tokens, {self.width}), got {x.dtype} {tuple(x.shape)}"
             )
-        if cache is not None and not self.causal:
-            raise ValueError("a key-value cache needs causal attention: earlier tokens would have to see the new ones")
         past = 0 if cache is None else cache.length
         length = past + x.shape[1]
+        if cache is not None and not self.causal and (self.causal_block is None or past % self.causal_block):
+            raise ValueError(
+                "a key-value cache needs causal attention, in whole blocks: earlier tokens would have to see new ones"
+            )
         if self.context is not None and length > self.context:
             raise ShapeError(f"the sequence has {length} tokens, the context is {self.context}")
         if attention_mask is not None and attention_mask.shape != (x.shape[0], length):
@@ -199,7 +207,7 @@ class Attention(nn.Module):
 def visible(
     queries: int,
     keys: int,
-    causal: bool,
+    block: int | None,
     keys_seen: Tensor | None = None,
     *,
     device: torch.device | None = None,
@@ -208,23 +216,31 @@ def visible(
 
     The queries are the last of the keys' tokens. In a causal mask a token always sees itself, so that a row of a
     sequence padded on the left is never empty (an empty row has no softmax).
+
+    Args:
+        block: a token sees the tokens of its block of this size and of earlier ones; 1 = causal, None (or False) = all.
     """
     mask = None if keys_seen is None else keys_seen.to(torch.bool)[:, None, None, :]
-    if not causal or (mask is None and queries == 1):
+    if not block or (mask is None and queries == 1):
         return mask
     offset = keys - queries
     row = torch.arange(offset, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)
-    earlier = (column <= row)[None, None]
+    earlier = (column <= row if block == 1 else column // block <= row // block)[None, None]
     return earlier if mask is None else (earlier & mask) | (column == row)
 
 
-def rotate(x: Tensor, positions: Tensor, *, base: float = 10000.0) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, *, base: float = 10000.0, width: int | None = None) -> Tensor:
     """Turn each pair (i, i + D/2) of channels by position * base^(-2i/D); x (B, H, T, D), positions (T,) or (B, T).
 
     The angles are float32 whatever x is: at position 1000 bfloat16 would be off by whole turns.
+
+    Args:
+        width: turn the first so many channels alone (they are D then), and leave the others; None = all.
     Source: Su et al. (2021), arXiv 2104.09864, equation 34; pairs of halves instead of neighbours, as in Llama.
     """
+    if width is not None and width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], positions, base=base), x[..., width:]), dim=-1)
     half = x.shape[-1] // 2
     frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = positions.to(torch.float32)[..., None] * frequencies  # (T, D/2) or (B, T, D/2)
@@ -233,6 +249,25 @@ def rotate(x: Tensor, positions: Tensor, *, base: float = 10000.0) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _checked_block(block: int | None, causal: bool) -> int | None:
+    if block is not None and causal:
+        raise ValueError(f"causal hides the later tokens of a block: give causal or causal_block={block}, not both")
+    if block is not None and block < 1:
+        raise ShapeError(f"causal_block must be at least 1, got {block}")
+    return block
+
+
+def _rotary_width(head_width: int, fraction: float) -> int:
+    """How many channels of a head turn."""
+    if not 0.0 < fraction <= 1.0:
+        raise ShapeError(f"rotary_fraction must lie above 0 and not above 1, got {fraction}")
+    width = int(head_width * fraction)
+    if width < 2 or width % 2:
+        share = "" if fraction == 1.0 else f" of which a share of {fraction} turns, {width} channels"
+        raise ShapeError(f"rotary positions pair up channels: head_width must be even, got {head_width}{share}")
+    return width
 
 
 def _head_sizes(width: int, heads: int | None, kv_heads: int | None, head_width: int | None) -> tuple[int, int, int]:
