@@ -4,6 +4,7 @@ layer_norm      layer normalisation and its recurrent nets
 hypernetwork    the weights of any module generated from a condition
 pooling_mixer   pooling and the control arms of the MetaFormer comparison
 attention       multi-head attention on torch's scaled_dot_product_attention
+cross_attention  attention of one sequence to another, of another width
 equilibrium     mean field at its unique equilibrium: monotone couplings, proximal softmax, fixed points
 evonorm         norm and activation as one layer
 feed_forward    the plain and the gated position-wise network
@@ -24,6 +25,7 @@ torch_layers    torch's activations and batch norms under the names recipes use
 from lamina.nn import torch_layers as torch_layers
 from lamina.nn.attention import Attention as Attention
 from lamina.nn.attention import KeyValueCache as KeyValueCache
+from lamina.nn.cross_attention import CrossAttention as CrossAttention
 from lamina.nn.equilibrium import EquilibriumHead as EquilibriumHead
 from lamina.nn.equilibrium import MeanFieldEquilibrium as MeanFieldEquilibrium
 from lamina.nn.evonorm import EvoNorm as EvoNorm
