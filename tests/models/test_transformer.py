@@ -317,7 +317,7 @@ def test_a_mixer_that_takes_only_x_and_a_swap_later() -> None:
         ({"mixer": lambda: Halving(), "position": "none"}, RecipeError, "not known to be causal"),
         ({"mixer": Halving}, RecipeError, "no rotary positions"),
         ({"mixer": Grid, "causal": False, "position": "none"}, RecipeError, "works on images"),
-        ({"position": "absolute"}, RecipeError, "'rotary', 'learned' or 'none'"),
+        ({"position": "absolute"}, RecipeError, "'rotary', 'learned', 'sinusoidal', 'none'"),
         ({"heads": 3}, LaminaError, "width 16 does not divide by 3 heads"),
         ({"depth": 0}, ShapeError, "depth must be at least 1"),
         ({"classes": 0}, ShapeError, "classes must be at least 1"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, RecipeError, ShapeError
@@ -19,6 +20,8 @@ from lamina.registry import Slot, register
 
 INITIAL_STD = 0.02
 """Of embeddings and projections (GPT-2); the outputs of residual branches divide it by sqrt(2 * depth)."""
+
+POSITIONS = ("rotary", "learned", "sinusoidal", "none")
 
 
 class TransformerBlock(nn.Module):
@@ -58,7 +61,7 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Stack of pre-norm blocks on token embeddings: a language model, or (with `classes`) a classifier.
 
-    input_ids (B, T) -> logits (B, T, vocabulary), or (B, classes) from the mean of the real tokens.
+    input_ids (B, T) -> logits (B, T, vocabulary), or (B, classes) from the real tokens' mean or from a class token.
 
     Args:
         vocabulary: number of token ids.
@@ -70,10 +73,13 @@ class Transformer(nn.Module):
         feed_forward: built as feed_forward(width=, hidden=, dropout=), as far as it names them.
         hidden: channels inside the feed-forward; None = its own default.
         kv_heads: heads of keys and values; None = heads.
-        position: "rotary" (inside the mixer), "learned" (added to the embeddings), or "none".
+        head_width: channels of one head, for a mixer that names it; None = width // heads, or what the mixer's node
+            says. heads * head_width need not be width: see `wide_transformer`.
+        position: "rotary" (inside the mixer), "learned" or "sinusoidal" (added to the embeddings), or "none".
         dropout: of embeddings, attention weights and branches, in training; 0..1.
         tie: the output projection is the token embedding (language models with a plain head only).
         classes: make a classifier with that many outputs.
+        pool: what a classifier reads: the "mean" of the real tokens, or a learned "class" token in front of them.
         linear: the layers inside mixer and feed_forward, as far as they have a slot of that name.
         head: built as head(width, vocabulary or classes); of a language model the plain one has no bias.
     Raises:
@@ -98,23 +104,30 @@ class Transformer(nn.Module):
         feed_forward: Annotated[Node, Slot("layer")] = "feed_forward",
         hidden: int | None = None,
         kv_heads: int | None = None,
-        position: Literal["rotary", "learned", "none"] = "rotary",
+        head_width: int | None = None,
+        position: Literal["rotary", "learned", "sinusoidal", "none"] = "rotary",
         dropout: float = 0.0,
         tie: bool = True,
         classes: int | None = None,
+        pool: Literal["mean", "class"] = "mean",
         linear: Annotated[Node, Slot("layer")] = "linear",
         head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
         _check_sizes(depth=depth, width=width, heads=heads, vocabulary=vocabulary, context=context, classes=classes)
-        if position not in ("rotary", "learned", "none"):
-            raise RecipeError(f"position must be 'rotary', 'learned' or 'none', got {position!r}")
+        if position not in POSITIONS:
+            raise RecipeError(f"position must be {', '.join(map(repr, POSITIONS))}, got {position!r}")
+        _check_pool(pool, classes, causal)
         self.context, self.causal, self.classes = context, causal, classes
         make_norm, make_mixer = factory("norm", norm), factory("mixer", mixer)
         make_feed_forward = factory("layer", feed_forward)
         check_linear(linear, make_mixer, make_feed_forward)
         given: dict[str, Any] = {"width": width, "heads": heads, "kv_heads": kv_heads, "linear": linear}
-        given |= {"context": context, "causal": causal}
+        # A class token is one token more for the mixer.
+        given |= {"context": context + (pool == "class"), "causal": causal}
+        given |= {} if head_width is None else {"head_width": head_width}
+        if head_width is not None and "head_width" not in make_mixer.found.signature.options:  # type: ignore[attr-defined]
+            raise RecipeError(f"head_width={head_width} would change nothing: the mixer {mixer!r} has no such option")
         rotary = position == "rotary"
 
         def block() -> TransformerBlock:
@@ -125,6 +138,8 @@ class Transformer(nn.Module):
 
         self.embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(context, width) if position == "learned" else None
+        self.waves = position == "sinusoidal"
+        self.class_token = nn.Parameter(torch.empty(width)) if pool == "class" else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.final_norm: nn.Module = make_norm(width)
@@ -159,18 +174,28 @@ class Transformer(nn.Module):
         positions = self._positions(past, x)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
+        if self.waves:
+            x = x + sinusoids(positions, x.shape[-1]).to(x.dtype)
+        if self.class_token is not None:
+            x, attention_mask = self._with_class_token(x, attention_mask)
+            positions = self._positions(0, x, more=1)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, attention_mask=attention_mask, positions=positions, cache=cache)
         if cache is not None:
             cache.advance(x.shape[1])
         x = normed(self.final_norm, x, attention_mask)
+        if self.class_token is not None:
+            return self.head(x[:, 0])
         return self.head(x if self.classes is None else mean_token(x, attention_mask))
 
     @property
     def caches(self) -> bool:
         """Whether generation can reuse keys and values: every mixer left takes a cache."""
-        return self.causal and all(isinstance(b, TransformerBlock) and b.takes("cache") for b in self.blocks)
+        return self.causal and all(
+            isinstance(b, TransformerBlock) and b.takes("cache") and getattr(b.mixer, "caches", True)
+            for b in self.blocks
+        )
 
     @torch.no_grad()
     def generate(
@@ -204,14 +229,21 @@ class Transformer(nn.Module):
         """Make the output projection the token embedding (again, after loading replaced either)."""
         self.head.weight = self.embedding.weight
 
-    def _positions(self, past: int, x: Tensor) -> Tensor:
+    def _with_class_token(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert self.class_token is not None
+        x = torch.cat((self.class_token.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
+        return x, None if attention_mask is None else F.pad(attention_mask, (1, 0), value=1)
+
+    def _positions(self, past: int, x: Tensor, more: int = 0) -> Tensor:
         length = past + x.shape[1]
-        if length > self.context:
+        if length > self.context + more:
             raise ShapeError(f"the sequence has {length} tokens, the model's context is {self.context}")
         return torch.arange(past, length, device=x.device)
 
     def _initialise(self) -> None:
         residual_std = INITIAL_STD / math.sqrt(2 * len(self.blocks))
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=INITIAL_STD)
         for table in (self.embedding, self.position_embedding, self.head):
             # A head of another kind keeps the initialisation of its paper.
             if isinstance(table, nn.Embedding) or type(table) is nn.Linear:
@@ -250,6 +282,17 @@ def normed(norm: nn.Module, x: Tensor, attention_mask: Tensor | None) -> Tensor:
     return norm(x, attention_mask[:, -x.shape[1] :])
 
 
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Return the sines, then the cosines, of positions (T,) at wave lengths from 2 pi to 20000 pi; (T, width), float32.
+
+    Source: Vaswani et al. (2017), arXiv 1706.03762, section 3.5 (there sines and cosines alternate).
+    """
+    half = (width + 1) // 2
+    rate = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angle = positions.to(torch.float32)[:, None] * rate
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :width]
+
+
 def mean_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Average the real tokens; (B, T, C) -> (B, C). A row of padding alone gives zeros."""
     if attention_mask is None:
@@ -275,6 +318,16 @@ def _check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ShapeError(f"Transformer: {name} must be at least 1, got {size}")
+
+
+def _check_pool(pool: str, classes: int | None, causal: bool) -> None:
+    if pool not in ("mean", "class"):
+        raise RecipeError(f"pool must be 'mean' or 'class', got {pool!r}")
+    if pool == "class" and (classes is None or causal):
+        raise RecipeError(
+            "pool='class' is for classifiers that see the whole sequence: set classes and causal=False (the token in "
+            "front of a causal model sees nothing)"
+        )
 
 
 def _check_mixer(mixer: nn.Module, *, causal: bool, rotary: bool) -> None:

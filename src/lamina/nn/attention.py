@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import ShapeError
+from lamina.nn.attention_kernels import KernelName, make_kernel
 from lamina.nn.torch_layers import draw
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
@@ -86,9 +88,11 @@ class Attention(nn.Module):
         context: the longest sequence allowed (with the cache's tokens); None = any.
         dropout: of attention weights, in training; 0..1. Not with a kernel of your own.
         linear: the four projections, built as linear(in, out, bias=).
-        kernel: maps (q, k, v, mask) to the heads' outputs, see `Kernel`; None = softmax attention, fused.
+        kernel: what is done with queries, keys and values: a name of `lamina.nn.attention_kernels`, alone or with
+            options (`{name: local, window: 32}`), or a function of your own, see `Kernel`; None = softmax, fused.
     Raises:
         ShapeError: sizes do not divide, x or the mask does not fit, the sequence is longer than context.
+        RecipeError: a kernel that is not known, or cannot do what is asked (causal).
     Source: Vaswani et al., Attention Is All You Need (2017), arXiv 1706.03762, section 3.2; Ainslie et al. (2023),
         arXiv 2305.13245, section 2.2; Su et al. (2021), arXiv 2104.09864, equation 34.
     Example:
@@ -112,24 +116,31 @@ class Attention(nn.Module):
         rotary_fraction: float = 1.0,
         context: int | None = None,
         dropout: float = 0.0,
-        kernel: Kernel | None = None,
+        kernel: KernelName | Mapping[str, Any] | Kernel | None = None,
         linear: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
         self.width, self.causal, self.rotary, self.rotary_base = width, causal, rotary, rotary_base
         self.causal_block = _checked_block(causal_block, causal)
         self.heads, self.kv_heads, self.head_width = _head_sizes(width, heads, kv_heads, head_width)
-        self.context, self.dropout, self.kernel = context, dropout, kernel
+        self.context, self.dropout = context, dropout
+        self.masked_by_kernel = isinstance(kernel, (str, Mapping))
+        sizes = {"heads": self.heads, "head_width": self.head_width, "context": context}
+        self.kernel = make_kernel(kernel, causal=causal, **sizes) if isinstance(kernel, (str, Mapping)) else kernel
+        if self.masked_by_kernel and self.kernel is not None and causal_block is not None:
+            raise ValueError(f"the kernel {kernel!r} knows no causal_block (got {causal_block}): leave one of them out")
         self.rotary_width = _rotary_width(self.head_width, rotary_fraction) if rotary else 0
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        if dropout and kernel is not None:
+        if dropout and self.kernel is not None:
             raise ValueError(
                 "dropout of attention weights is the fused kernel's: with a kernel of your own set it to 0"
             )
         make = factory("layer", linear)
-        self.query = make(width, self.heads * self.head_width, bias=bias)
-        self.key = make(width, self.kv_heads * self.head_width, bias=bias)
+        # A kernel that says what it `reads` has no other projection: weights without a gradient stall DDP.
+        reads = getattr(self.kernel, "reads", ("query", "key", "value"))
+        self.query: Any = make(width, self.heads * self.head_width, bias=bias) if "query" in reads else None
+        self.key: Any = make(width, self.kv_heads * self.head_width, bias=bias) if "key" in reads else None
         self.value = make(width, self.kv_heads * self.head_width, bias=bias)
         self.out = make(self.heads * self.head_width, width, bias=bias if output_bias is None else output_bias)
 
@@ -147,27 +158,51 @@ class Attention(nn.Module):
             positions: (T,) or (B, T) whole numbers for rotary; None = counted on from the cache's length.
             cache: keys and values of earlier tokens; this call appends to it. Causal attention only.
         """
+        return self.out(self._heads(x, attention_mask, positions, cache).transpose(1, 2).flatten(2))
+
+    def head_outputs(self, x: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Return what each head adds, (B, heads, T, width): their sum is the output without the output bias."""
+        heads, size = self.heads, self.heads * self.head_width
+        one = torch.eye(size, dtype=x.dtype, device=x.device)
+        # Any linear layer is known by what it makes of the unit vectors.
+        weight = (self.out(one) - self.out(torch.zeros_like(one[:1]))).unflatten(0, (heads, -1))
+        return torch.einsum("bhtd,hdc->bhtc", self._heads(x, attention_mask, positions, None), weight)
+
+    def initialise(self, std: float, out_std: float) -> None:
+        """Draw the weights anew: normal with `std`, the output projection with `out_std`; biases zero.
+
+        `out_std` is for heads that are as wide together as the model; of wider ones it is the smaller, by the root of
+        the ratio, so that the number of heads does not change the size of what is added to the residual stream.
+        """
+        out_std *= math.sqrt(self.width / (self.heads * self.head_width))
+        for layer in (self.query, self.key, self.value, self.out):
+            draw(layer, out_std if layer is self.out else std)
+
+    @property
+    def caches(self) -> bool:
+        """Whether it can work with a key-value cache: only softmax and kernels of the user's own can."""
+        return self.kernel is None or not self.masked_by_kernel
+
+    def extra_repr(self) -> str:
+        """Show what the projections do not."""
+        block = "" if self.causal_block is None else f", causal_block={self.causal_block}"
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, rotary={self.rotary}{block}"
+
+    def _heads(
+        self, x: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """Return the heads' outputs (B, H, T, D), before the output projection."""
         past = self._check(x, attention_mask, cache)
-        q = self._split(self.query(x), self.heads)
-        k = self._split(self.key(x), self.kv_heads)
         v = self._split(self.value(x), self.kv_heads)  # (B, H, T, D)
+        q = v if self.query is None else self._split(self.query(x), self.heads)
+        k = v if self.key is None else self._split(self.key(x), self.kv_heads)
         if self.rotary:
             if positions is None:
                 positions = torch.arange(past, past + x.shape[1], device=x.device)
             q, k = (rotate(t, positions, base=self.rotary_base, width=self.rotary_width) for t in (q, k))
         if cache is not None:
             k, v = cache.extend(self, k, v)
-        return self.out(self._attend(q, k, v, attention_mask, past).transpose(1, 2).flatten(2))
-
-    def initialise(self, std: float, out_std: float) -> None:
-        """Draw the weights anew: normal with `std`, the output projection with `out_std`; biases zero."""
-        for layer in (self.query, self.key, self.value, self.out):
-            draw(layer, out_std if layer is self.out else std)
-
-    def extra_repr(self) -> str:
-        """Show what the projections do not."""
-        block = "" if self.causal_block is None else f", causal_block={self.causal_block}"
-        return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, rotary={self.rotary}{block}"
+        return self._attend(q, k, v, attention_mask, past)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_width)).transpose(1, 2)
@@ -175,6 +210,8 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, keys_seen: Tensor | None, past: int) -> Tensor:
         plain_causal = self.causal and keys_seen is None and past == 0 and self.kernel is None
         block = 1 if self.causal else self.causal_block
+        # A kernel that has a name hides later tokens itself, without a table of all pairs.
+        block = None if self.masked_by_kernel and self.kernel is not None else block
         mask = None if plain_causal else visible(q.shape[2], k.shape[2], block, keys_seen, device=q.device)
         grouped = self.kv_heads != self.heads
         if self.kernel is not None:
@@ -197,6 +234,8 @@ class Attention(nn.Module):
             raise ValueError(
                 "a key-value cache needs causal attention, in whole blocks: earlier tokens would have to see new ones"
             )
+        if cache is not None and not self.caches:
+            raise ValueError(f"the kernel {type(self.kernel).__name__} takes whole sequences, and no key-value cache")
         if self.context is not None and length > self.context:
             raise ShapeError(f"the sequence has {length} tokens, the context is {self.context}")
         if attention_mask is not None and attention_mask.shape != (x.shape[0], length):
