@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, RecipeError, ShapeError
+from lamina.models._tied_head import TiedHead
 from lamina.nn.attention import Attention, KeyValueCache
 from lamina.nn.feed_forward import FeedForward, SwiGLU
 from lamina.nn.layout import layout_of
@@ -58,7 +59,7 @@ class TransformerBlock(nn.Module):
 
 
 @register("model", source="Vaswani et al. 2017; pre-norm and initialisation: Radford et al. 2019")
-class Transformer(nn.Module):
+class Transformer(TiedHead):
     """Stack of pre-norm blocks on token embeddings: a language model, or (with `classes`) a classifier.
 
     input_ids (B, T) -> logits (B, T, vocabulary), or (B, classes) from the real tokens' mean or from a class token.
@@ -225,10 +226,6 @@ class Transformer(nn.Module):
             tokens = torch.cat((tokens, chosen), dim=1)
         return tokens
 
-    def tie_weights(self) -> None:
-        """Make the output projection the token embedding (again, after loading replaced either)."""
-        self.head.weight = self.embedding.weight
-
     def _with_class_token(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert self.class_token is not None
         x = torch.cat((self.class_token.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
@@ -254,14 +251,6 @@ class Transformer(nn.Module):
             # Parts of other methods keep the initialisation of their papers.
             if isinstance(module, (Attention, FeedForward, SwiGLU)):
                 module.initialise(INITIAL_STD, residual_std)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
-        # torch gives each module its own new parameter when the device type changes, as to_empty() after meta does.
-        tied = getattr(self.head, "weight", None) is getattr(self.embedding, "weight", self)
-        super()._apply(fn, recurse)
-        if tied:
-            self.tie_weights()
-        return self
 
 
 def check_linear(linear: Node, *parts: Callable[..., Any]) -> None:
