@@ -179,8 +179,14 @@ def test_what_stays_and_why() -> None:
     assert "lm_head" not in names
 
 
-@pytest.mark.parametrize("where", [*foreign.ALL, "encoder", "bert"])
-@pytest.mark.parametrize("fit", [False, True])
+WHERE = [*foreign.ALL, "encoder", "bert"]
+
+
+@pytest.mark.parametrize(
+    ("where", "fit"),
+    # The fit takes a second a model: one in the default run, the others in the slow one.
+    [(w, False) for w in WHERE] + [pytest.param(w, True, marks=[pytest.mark.slow] * (w != "ours")) for w in WHERE],
+)
 def test_foreign_models_there_trained_and_back(where: str, fit: bool) -> None:
     torch.manual_seed(0)
     if where == "encoder":
