@@ -5,7 +5,8 @@ anatomy, probe, lineage     look into any model; follow a parameter through a re
 nn, data, optim, gradients  the parts: layers, data sets, optimizers, reducers
 models, objectives, rewrite whole networks, what is minimised, passes over models
 io, parallel                save and load; place on devices
-train, experiments, cli     the loop, the evidence, the command line
+train, verify               the loop; look behind what a model does
+experiments, cli            the evidence, the command line
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __version__ = "0.1.0"
 _LAZY = {"load": "lamina.io", "save": "lamina.io", "build": "lamina.recipe"}
 _PACKAGES = (
     "anatomy batches data errors experiments gradients io lineage models nn objectives optim "
-    "parallel probe recipe registry rewrite train"
+    "parallel probe recipe registry rewrite train verify"
 ).split()
 
 
