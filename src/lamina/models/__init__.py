@@ -1,6 +1,7 @@
 """Whole networks, built from the layers of `lamina.nn` through named slots.
 
 transformer         encoder or decoder with slots for mixer, norm and feed-forward
+wide_transformer    the same heads in few layers or in many: the aspect ratio as one knob
 vision_transformer  ViT
 resnet              small and standard ResNets
 metaformer          the MetaFormer template and PoolFormer's sizes
@@ -48,3 +49,5 @@ from lamina.models.vision_transformer import VisionTransformer as VisionTransfor
 from lamina.models.vision_transformer import deit_base as deit_base
 from lamina.models.vision_transformer import deit_small as deit_small
 from lamina.models.vision_transformer import deit_tiny as deit_tiny
+from lamina.models.wide_transformer import aspect_ratios as aspect_ratios
+from lamina.models.wide_transformer import wide_transformer as wide_transformer

@@ -4,6 +4,7 @@ layer_norm      layer normalisation and its recurrent nets
 hypernetwork    the weights of any module generated from a condition
 pooling_mixer   pooling and the control arms of the MetaFormer comparison
 attention       multi-head attention on torch's scaled_dot_product_attention
+attention_kernels  what it does with queries, keys and values: windows, blocks, features, learned weights
 cross_attention  attention of one sequence to another, of another width
 equilibrium     mean field at its unique equilibrium: monotone couplings, proximal softmax, fixed points
 evonorm         norm and activation as one layer
