@@ -59,6 +59,11 @@ def count(kernel: str, **numbers: int) -> None:
             raise ShapeError(f"the kernel {kernel!r} needs {name} of at least 1, got {number}")
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def into_blocks(x: Tensor, size: int) -> Tensor:
     """Cut (B, H, T, D) into (B, H, n, size, D), the last block filled up with zeros."""
     blocks = -(-x.shape[2] // size)

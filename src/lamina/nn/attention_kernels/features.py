@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lamina.errors import ShapeError
 from lamina.nn._precision import without_autocast
-from lamina.nn.attention_kernels._blocks import check_sequence, count, into_blocks, keys_seen
+from lamina.nn.attention_kernels._blocks import at_least_float32, check_sequence, count, into_blocks, keys_seen
 
 CHUNK = 64
 """Tokens of a causal chunk, inside which the pairs are written out."""
@@ -38,8 +38,8 @@ class LinearKernel(nn.Module):
         if self.causal:
             check_sequence("linear", q, k)
         with without_autocast(q.device):
-            features = F.elu(q.float()) + 1, F.elu(k.float()) + 1
-            return by_features(*features, v.float(), seen, causal=self.causal).to(v.dtype)
+            q, k, values = (at_least_float32(t) for t in (q, k, v))
+            return by_features(F.elu(q) + 1, F.elu(k) + 1, values, seen, causal=self.causal).to(v.dtype)
 
 
 class PerformerKernel(nn.Module):
@@ -86,11 +86,11 @@ class PerformerKernel(nn.Module):
                 (exponents[0] - exponents[0].amax(-1, keepdim=True)).exp(),
                 (exponents[1] - exponents[1].amax((-1, -2), keepdim=True)).exp(),
             )
-            return by_features(*features, v.float(), seen, causal=self.causal).to(v.dtype)
+            return by_features(*features, at_least_float32(v), seen, causal=self.causal).to(v.dtype)
 
     def _exponents(self, x: Tensor) -> Tensor:
-        x = x.float() * x.shape[-1] ** -0.25
-        return x @ self.projection.float().T - x.square().sum(-1, keepdim=True) / 2
+        x = at_least_float32(x) * x.shape[-1] ** -0.25
+        return x @ self.projection.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
 
 
 def by_features(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, causal: bool, chunk: int = CHUNK) -> Tensor:
@@ -123,5 +123,8 @@ def orthogonal(features: int, width: int, seed: int | None) -> Tensor:
         seed = int(torch.randint(2**31, (), device="cpu"))
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(-(-features // width), 2, width, width, generator=generator, device="cpu")
-    directions = torch.linalg.qr(drawn[:, 0])[0].transpose(1, 2).flatten(0, 1)
+    # LAPACK chooses the signs by the matrix; with a positive diagonal of R the directions are uniform.
+    bases, triangles = torch.linalg.qr(drawn[:, 0])
+    bases = bases * triangles.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+    directions = bases.transpose(1, 2).flatten(0, 1)
     return (directions * drawn[:, 1].flatten(0, 1).norm(dim=1, keepdim=True))[:features]

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from lamina.errors import ShapeError
 from lamina.nn.attention_kernels._blocks import (
+    at_least_float32,
     check_sequence,
     count,
     into_blocks,
@@ -80,17 +81,18 @@ class SinkhornKernel(nn.Module):
         own = own.masked_fill(eye, 0.0).expand(len(order), order.shape[1], -1, -1, -1)
         beside = share.clamp(min=1e-30).log()[:, :, :, None].expand(-1, -1, -1, size, -1)
         scores = torch.einsum("bhnid,bhnjd->bhnij", q / math.sqrt(q.shape[-1]), torch.cat((k, sorted_k), dim=3))
-        weights = (scores.float() + torch.cat((own, beside), dim=-1)).softmax(-1).to(v.dtype)
+        weights = (scores + torch.cat((own, beside), dim=-1)).softmax(-1).to(v.dtype)
         return (weights @ torch.cat((v, sorted_v), dim=3)).flatten(2, 3)[:, :, :tokens]
 
     def sorting(self, k: Tensor, real: Tensor) -> Tensor:
-        """Return the soft permutation (B, H, n, n) of blocks of keys k (B, H, n, size, D), float32.
+        """Return the soft permutation (B, H, n, n) of blocks of keys k (B, H, n, size, D), in float32 or better.
 
         Args:
             real: (B or 1, n), blocks with a real token; the others stay where they are.
         """
         blocks = k.shape[2]
-        scores = torch.einsum("bhmd,hdn->bhnm", k.float().sum(3), self.places[..., :blocks].float()) / self.temperature
+        sums = at_least_float32(k).sum(3)
+        scores = torch.einsum("bhmd,hdn->bhnm", sums, self.places[..., :blocks].to(sums.dtype)) / self.temperature
         pairs = real[:, :, None] & real[:, None]
         eye = torch.eye(blocks, dtype=torch.bool, device=k.device)
         # Far below any score, yet finite: gradients of -inf are no numbers.
