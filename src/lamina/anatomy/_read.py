@@ -90,13 +90,15 @@ def _kind(
 ) -> Literal["attention", "cross_attention", "mlp", "branch"]:
     modules = [block.get_submodule(u) for u in units]
     sizes = [w for w in (widths(m) for m in modules) if w is not None]
-    said = hint(*(type(block.get_submodule(p)).__name__ for p in parts)) or hint(*(p.rpartition(".")[2] for p in parts))
+    # The class of a lone projection says how it projects (Pattention), not what the branch is.
+    named = [type(m).__name__ for m in map(block.get_submodule, parts) if widths(m) is None]
+    said = hint(*named) or hint(*(p.rpartition(".")[2] for p in parts))
     if any(is_attention(m) for m in modules) or (said != "mlp" and reads_like_attention(sizes)):
         return "cross_attention" if crosses else "attention"
     mixes = any(channels(m) for m in modules) and said != "mlp"
     if len(sizes) >= 2 and sizes[0][0] == sizes[-1][1] and not mixes and said != "attention":
         return "mlp"
-    if any(_is_feed_forward(m) for m in modules) or (said == "mlp" and not sizes):
+    if any(_is_feed_forward(m) for m in modules) or (said == "mlp" and len(sizes) < 2):
         return "mlp"
     if said == "attention":
         return "cross_attention" if crosses else "attention"

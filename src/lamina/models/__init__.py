@@ -6,6 +6,7 @@ vision_transformer  ViT
 resnet              small and standard ResNets
 metaformer          the MetaFormer template and PoolFormer's sizes
 raft_mlp            RaftMLP's sizes and MLP-Mixer: all-MLP backbones
+tokenformer         TokenFormer's sizes and TokenFormerViT: weights that can be added to
 boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
 prototype_network   an autoencoder that decides by prototypes; prototype_explanation: of any model with such a head
 hugging_face        any transformers model, by config or folder
@@ -43,6 +44,15 @@ from lamina.models.resnet import resnet18 as resnet18
 from lamina.models.resnet import resnet20 as resnet20
 from lamina.models.resnet import resnet34 as resnet34
 from lamina.models.resnet import resnet50 as resnet50
+from lamina.models.tokenformer import TokenFormer as TokenFormer
+from lamina.models.tokenformer import TokenFormerViT as TokenFormerViT
+from lamina.models.tokenformer import tokenformer_1_5b as tokenformer_1_5b
+from lamina.models.tokenformer import tokenformer_124m as tokenformer_124m
+from lamina.models.tokenformer import tokenformer_150m as tokenformer_150m
+from lamina.models.tokenformer import tokenformer_354m as tokenformer_354m
+from lamina.models.tokenformer import tokenformer_450m as tokenformer_450m
+from lamina.models.tokenformer import tokenformer_757m as tokenformer_757m
+from lamina.models.tokenformer import tokenformer_900m as tokenformer_900m
 from lamina.models.transformer import Transformer as Transformer
 from lamina.models.transformer import TransformerBlock as TransformerBlock
 from lamina.models.vision_transformer import VisionTransformer as VisionTransformer

@@ -14,6 +14,7 @@ hopfield        association with stored patterns: mixer, pooling, look-up, memor
 hypercomplex    linear layers and convolutions with 1/n of the weights
 linear_attention  attention in time linear in the tokens, for images
 layout          sequence mixers on images and the other way round
+parameter_attention  attention to learned pairs, a projection whose weights can grow
 patch_embedding  patches of a map, with wider views beside them
 progressive_norm  layer norm that ends as batch norm (PRepBN), and batch norm with a skip (RepBN)
 prototype       distances to learned prototypes; a head that decides by them
@@ -86,6 +87,8 @@ from lamina.nn.linear_attention import linear_attention as linear_attention
 from lamina.nn.monotone_coupling import Coupling as Coupling
 from lamina.nn.monotone_coupling import MonotoneHollow as MonotoneHollow
 from lamina.nn.monotone_coupling_conv import MonotoneHollowConv as MonotoneHollowConv
+from lamina.nn.parameter_attention import Pattention as Pattention
+from lamina.nn.parameter_attention import parameter_attention as parameter_attention
 from lamina.nn.patch_embedding import MultiScalePatchEmbed as MultiScalePatchEmbed
 from lamina.nn.pooling_mixer import ChannelNorm2d as ChannelNorm2d
 from lamina.nn.pooling_mixer import IdentityMixer as IdentityMixer

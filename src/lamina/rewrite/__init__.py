@@ -7,6 +7,7 @@ conv_bn     convolution and batch norm as one, for fine-tuning with frozen stati
 progressive_norm  layer norms that turn into batch norm while trained; calibrate: their statistics
 fold        norms into the layers around them, for deployment
 hypercomplex  linear layers and convolutions with 1/n of the weights, and back
+grow        more pairs in parameter attention, with equal outputs
 drop        remove attention, feed-forward or whole blocks by similarity
 """
 
@@ -25,6 +26,9 @@ from lamina.rewrite.drop import DropSublayers as DropSublayers
 from lamina.rewrite.drop import import_official as import_official
 from lamina.rewrite.fold import Fold as Fold
 from lamina.rewrite.fold import FoldDecision as FoldDecision
+from lamina.rewrite.grow import GrowDecision as GrowDecision
+from lamina.rewrite.grow import GrowParameterTokens as GrowParameterTokens
+from lamina.rewrite.grow import GrowParameterTokensRandom as GrowParameterTokensRandom
 from lamina.rewrite.hypercomplex import FoldHypercomplex as FoldHypercomplex
 from lamina.rewrite.hypercomplex import FoldHypercomplexDecision as FoldHypercomplexDecision
 from lamina.rewrite.hypercomplex import Hypercomplex as Hypercomplex
