@@ -15,15 +15,19 @@ from torch import nn
 from lamina.errors import PlanError
 from lamina.gradients import Mean, Median
 from lamina.models import Transformer
+from lamina.nn import Pattention
 from lamina.objectives import Classification
 from lamina.parallel import data_parallel
 from lamina.parallel.data_parallel import Placement
+from lamina.rewrite import GrowParameterTokens
 from lamina.train import distributed
 from lamina.train.phases import Scheduled
 
 ROOT = Path(__file__).parents[2]
 
 REWRITES = [Scheduled(DropLast(), "before"), Scheduled(WidenClasses((4, 3, 2, 1, 0, -1)), 0.5)]
+
+GROWTH = [Scheduled(GrowParameterTokens(1.5), 0.5)]
 
 
 class Tied(Net):
@@ -32,6 +36,14 @@ class Tied(Net):
     def __init__(self) -> None:
         super().__init__(dropout=0.0, batch_norm=False)
         self.blocks[1].weight = self.blocks[0].weight
+
+
+class Paired(Net):
+    """Layers whose weights are pairs that can be added to; five pairs do not share out evenly."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0, batch_norm=False)
+        self.blocks = nn.ModuleList(Pattention(8, 8, 5) for _ in range(2))
 
 
 class AfterBackward(Mean):
@@ -67,6 +79,8 @@ SCENARIOS = {
     "fsdp-parts": {"placement": Placement(shard=2), "accumulate": 2, "clip": 0.1},
     "fsdp-rewrite": {"placement": Placement(shard=2), "rewrites": REWRITES},
     "fsdp-tied": {"placement": Placement(shard=2), "rewrites": REWRITES[1:], "model": Tied},
+    "ddp-grow": {"placement": Placement(data=2), "rewrites": GROWTH, "model": Paired},
+    "fsdp-grow": {"placement": Placement(shard=2), "rewrites": GROWTH, "model": Paired},
 }
 
 
@@ -203,6 +217,17 @@ def test_fsdp_states_what_followed_a_rewrite(together) -> None:
     for key in ("kept", "derived", "fresh", "dropped", "parameters_before", "parameters_after"):
         assert row[key] == same[key]
     assert row["derived"] == ["head.weight", "head.bias"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["ddp-grow", "fsdp-grow"])
+def test_growth_in_training_changes_no_loss_and_moments_follow(name, together) -> None:
+    row = next(r for r in numbers(together / name) if r["event"] == "rewrite")
+    assert row["step"] == 6
+    assert row["loss_after"] == pytest.approx(row["loss_before"], rel=1e-6)
+    assert row["derived"] == [f"blocks.{i}.{part}" for i in range(2) for part in ("key", "value")]
+    assert row["fresh"] == []
+    assert row["parameters_after"] - row["parameters_before"] == 2 * 3 * 16
 
 
 def test_a_placement_for_another_number_of_processes_is_refused() -> None:
