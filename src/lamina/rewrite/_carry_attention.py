@@ -12,7 +12,7 @@ from lamina.lineage import Lineage
 
 def offered(old: nn.Module, heads: int | None) -> dict[str, bool | int | float]:
     """Say which options make a successor with the same four projections: for `factory` to hand over."""
-    found = attention_projections(old, heads)
+    found = attention_projections(_heir(old), heads)
     if found is None:
         return {}
     given: dict[str, bool | int | float] = {
@@ -36,14 +36,20 @@ def _scale(old: nn.Module) -> float | None:
 def carry_projections(old: nn.Module, new: nn.Module, heads: int | None, lineage: Lineage) -> bool:
     """Copy query, key, value and output weights where all four fit; say whether they did.
 
-    A bias that only the new attention has becomes zero.
+    A bias that only the new attention has becomes zero. A mixer of several attentions names in `takes_over` the one
+    that they are for.
     """
-    before, after = attention_projections(old, heads), attention_projections(new)
+    before, after = attention_projections(_heir(old), heads), attention_projections(_heir(new))
     if before is None or after is None or not _fit(before, after):
         return False
     for name, source in before.named().items():
         _copy(source, after.named()[name], lineage)
     return True
+
+
+def _heir(mixer: nn.Module) -> nn.Module:
+    naming = next((m for m in mixer.modules() if isinstance(getattr(m, "takes_over", None), str)), None)
+    return mixer if naming is None else naming.get_submodule(str(naming.takes_over))
 
 
 def _fit(before: Projections, after: Projections) -> bool:

@@ -51,6 +51,11 @@ class ReplacedAttention(nn.Module):
         self.norm_at, self.residual = norm_at, residual
         self.takes = frozenset(inspect.signature(mixer.forward).parameters)
 
+    @property
+    def caches(self) -> bool:
+        """Whether it can work with a key-value cache of ours."""
+        return "cache" in self.takes and bool(getattr(self.mixer, "caches", True))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Mix the tokens."""
         given = dict(zip(self.names, args, strict=False)) | kwargs

@@ -140,7 +140,10 @@ class FITAutoregressive(TiedHead):
         """Whether generation can reuse keys and values: every layer takes a cache."""
         blocks: list[FITBlock] = list(self.trunk.blocks)  # type: ignore[arg-type]
         layers = [layer for block in blocks for layer in (*block.local, *block.latent)]
-        return all(isinstance(layer, FITLayer) and layer.takes("cache") for layer in layers)
+        return all(
+            isinstance(layer, FITLayer) and layer.takes("cache") and getattr(layer.mixer, "caches", True)
+            for layer in layers
+        )
 
     def _logits(self, seen: Tensor) -> Tensor:
         """Return the logits after each of any number of tokens up to the context; (B, L) -> (B, L, vocabulary)."""

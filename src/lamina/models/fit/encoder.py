@@ -5,7 +5,7 @@ Source: Chen, Li, FIT: Far-reaching Interleaved Transformers (2023), arXiv 2305.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,6 @@ class FIT(nn.Module):
             layer(x), or layer(x, mask) with a mask (T, T) of 0 and -inf where latents are causal.
         pad_groups: fill up fewer groups or tokens; they are masked. False = refuse them.
         checkpoint: keep the blocks' inputs only, and compute the rest again in the backward pass.
-        grouping: (group, patch) in pixels: x is images (B, C, H, W), see `group_image`.
         head: built as head(width, classes).
     Raises:
         ShapeError: sizes do not fit; at the call, other tokens. RecipeError: a layer string, or one without global
@@ -79,7 +78,6 @@ class FIT(nn.Module):
         latent_layer: Annotated[Node | None, Slot("layer")] = None,
         pad_groups: bool = False,
         checkpoint: bool = False,
-        grouping: tuple[int, int] | None = None,
         head: Annotated[Node, Slot("layer")] = "linear",
     ) -> None:
         super().__init__()
@@ -94,7 +92,7 @@ class FIT(nn.Module):
         if classes is not None and classes < 1:
             raise ShapeError(f"FIT: classes must be at least 1, got {classes}")
         self.in_features, self.group_shape, self.pad_groups = in_features, (groups, tokens_per_group), pad_groups
-        self.grouping, self.from_latents = grouping, shape.ends_global
+        self.from_latents = shape.ends_global
         self.stem = TokenStem(in_features, token_width, tokens_per_group, positions, side_features)
         self.trunk = InterleavedLayers(shape)
         # A classifier has only the norm of what it reads: the other would get no gradient.
@@ -113,12 +111,11 @@ class FIT(nn.Module):
         """Return tokens and latents, or logits.
 
         Args:
-            inputs: x; also (B, L, in_features) with L = t * n, or fewer under pad_groups; images under `grouping`.
+            inputs: x; also (B, L, in_features) with L = t * n, or fewer under pad_groups.
             y: (B, t, k, side_features), k side tokens in front of every group.
             attention_mask: (B, t, n), or (B, L) as x; True = a real token. A group may have none.
         """
-        x = inputs if self.grouping is None else group_image(inputs, *self.grouping)
-        x, mask = into_groups(x, attention_mask, self.group_shape, self.in_features, self.pad_groups)
+        x, mask = into_groups(inputs, attention_mask, self.group_shape, self.in_features, self.pad_groups)
         tokens, latents = self.trunk(self.stem(x, y), None, with_side(mask, y))
         tokens = tokens[:, :, -x.shape[2] :]
         if self.head is None:
@@ -132,40 +129,66 @@ class FIT(nn.Module):
         return self.head(mean_token(self.token_norm(tokens).flatten(1, 2), None if mask is None else mask.flatten(1)))
 
 
-@register("model", source=f"{SOURCE}, section 4")
-def fit_image(
-    layers: str,
-    group: int,
-    patch: int,
-    latents_per_group: int,
-    token_width: int,
-    latent_width: int,
-    token_heads: int,
-    latent_heads: int,
-    *,
-    image: int,
-    channels: int = 3,
-    classes: int | None = None,
-    positions: Positions = "learned",
-    dropout: float = 0.0,
-    drop_path: float = 0.0,
-    checkpoint: bool = False,
-    head: Annotated[Node, Slot("layer")] = "linear",
-) -> FIT:
-    """Make a FIT of square images (B, channels, image, image): groups are sub-images, tokens their patches.
+@register("model", "fit_image", source=f"{SOURCE}, section 4")
+class FITImage(FIT):
+    """FIT of images: groups are square sub-images, tokens their patches; see `group_image`.
+
+    pixel_values (B, channels, H, W) -> tokens (B, t, n, token_width) and latents (B, t, m, latent_width), or logits
+    (B, classes).
 
     Args:
         group: side of a sub-image in pixels. patch: side of a patch in pixels.
-        image, channels: of the images. The rest as of `FIT`.
+        image: (H, W) or side of the images, in pixels.
+        The rest: as of `FIT`.
     Raises:
-        ShapeError: patches that do not divide groups, or groups that do not divide the image.
+        ShapeError: patches that do not divide groups, or groups the image; at the call, other images.
+    Example:
+        >>> sizes = {"token_width": 8, "latent_width": 16, "token_heads": 2, "latent_heads": 2}
+        >>> FITImage("(1)1", 8, 4, 2, image=16, classes=5, **sizes)(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 5])
     """
-    blank = group_image(torch.zeros(1, channels, image, image, device="meta"), group, patch)
-    options: dict[str, Any] = {"classes": classes, "positions": positions, "dropout": dropout, "drop_path": drop_path}
-    options |= {"checkpoint": checkpoint, "head": head, "grouping": (group, patch), "in_features": blank.shape[3]}
-    options |= {"token_width": token_width, "latent_width": latent_width}
-    options |= {"token_heads": token_heads, "latent_heads": latent_heads}
-    return FIT(layers, blank.shape[2], blank.shape[1], latents_per_group, **options)
+
+    def __init__(
+        self,
+        layers: str,
+        group: int,
+        patch: int,
+        latents_per_group: int,
+        token_width: int,
+        latent_width: int,
+        token_heads: int,
+        latent_heads: int,
+        *,
+        image: int | tuple[int, int],
+        channels: int = 3,
+        classes: int | None = None,
+        mlp_ratio: int = 4,
+        causal_latents: bool = False,
+        positions: Positions = "learned",
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        token_layer: Annotated[Node | None, Slot("layer")] = None,
+        latent_layer: Annotated[Node | None, Slot("layer")] = None,
+        checkpoint: bool = False,
+        head: Annotated[Node, Slot("layer")] = "linear",
+    ) -> None:
+        if channels < 1:
+            raise ShapeError(f"FITImage: channels must be at least 1, got {channels}")
+        height, width = (image, image) if isinstance(image, int) else image
+        blank = group_image(torch.empty(1, channels, height, width, device="meta"), group, patch)
+        super().__init__(
+            layers, blank.shape[2], blank.shape[1], latents_per_group, blank.shape[3],
+            token_width, latent_width, token_heads, latent_heads, mlp_ratio=mlp_ratio, causal_latents=causal_latents,
+            positions=positions, classes=classes, dropout=dropout, drop_path=drop_path, token_layer=token_layer,
+            latent_layer=latent_layer, checkpoint=checkpoint, head=head,
+        )  # fmt: skip
+        self.group, self.patch, self.image_shape = group, patch, (channels, height, width)
+
+    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return tokens and latents, or logits."""
+        if pixel_values.shape[1:] != self.image_shape:
+            raise ShapeError(f"FITImage takes (batch, {self.image_shape}), got {tuple(pixel_values.shape)}")
+        return super().forward(group_image(pixel_values, self.group, self.patch))
 
 
 def check_stem(in_features: int, side_features: int) -> None:
