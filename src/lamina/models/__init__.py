@@ -7,6 +7,7 @@ resnet              small and standard ResNets
 metaformer          the MetaFormer template and PoolFormer's sizes
 raft_mlp            RaftMLP's sizes and MLP-Mixer: all-MLP backbones
 tokenformer         TokenFormer's sizes and TokenFormerViT: weights that can be added to
+fit                 FIT: local attention in groups, global attention among their latents; encoder, decoder, denoiser
 boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
 prototype_network   an autoencoder that decides by prototypes; prototype_explanation: of any model with such a head
 hugging_face        any transformers model, by config or folder
@@ -14,6 +15,19 @@ hugging_face        any transformers model, by config or folder
 
 from lamina.models.boltzmann import ConvMonotoneDBM as ConvMonotoneDBM
 from lamina.models.boltzmann import MonotoneDBM as MonotoneDBM
+from lamina.models.fit import FIT as FIT
+from lamina.models.fit import FITAutoregressive as FITAutoregressive
+from lamina.models.fit import FITDenoiser as FITDenoiser
+from lamina.models.fit import FITImage as FITImage
+from lamina.models.fit import LayerCost as LayerCost
+from lamina.models.fit import attention_cost as attention_cost
+from lamina.models.fit import block_causal_mask as block_causal_mask
+from lamina.models.fit import group_image as group_image
+from lamina.models.fit import pad_groups as pad_groups
+from lamina.models.fit import parse_layers as parse_layers
+from lamina.models.fit import shift_latents as shift_latents
+from lamina.models.fit import snake_order as snake_order
+from lamina.models.fit import ungroup_image as ungroup_image
 from lamina.models.hugging_face import hugging_face as hugging_face
 from lamina.models.metaformer import MetaFormer as MetaFormer
 from lamina.models.metaformer import MetaFormerBlock as MetaFormerBlock
