@@ -15,6 +15,7 @@ hypercomplex    linear layers and convolutions with 1/n of the weights
 linear_attention  attention in time linear in the tokens, for images
 layout          sequence mixers on images and the other way round
 parameter_attention  attention to learned pairs, a projection whose weights can grow
+local_global_attention  attention inside groups of tokens, and among a few latents of all groups
 patch_embedding  patches of a map, with wider views beside them
 progressive_norm  layer norm that ends as batch norm (PRepBN), and batch norm with a skip (RepBN)
 prototype       distances to learned prototypes; a head that decides by them
@@ -84,6 +85,7 @@ from lamina.nn.layout import GridAsSequence as GridAsSequence
 from lamina.nn.layout import SequenceAsGrid as SequenceAsGrid
 from lamina.nn.linear_attention import SimplifiedLinearAttention as SimplifiedLinearAttention
 from lamina.nn.linear_attention import linear_attention as linear_attention
+from lamina.nn.local_global_attention import LocalGlobalAttention as LocalGlobalAttention
 from lamina.nn.monotone_coupling import Coupling as Coupling
 from lamina.nn.monotone_coupling import MonotoneHollow as MonotoneHollow
 from lamina.nn.monotone_coupling_conv import MonotoneHollowConv as MonotoneHollowConv
