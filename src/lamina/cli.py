@@ -111,6 +111,26 @@ def rewrite_command(
         print(f"saved in {save(loaded, out)}")
 
 
+@app.command("search")
+def search_command(
+    recipe: Arguments = None,
+    algorithm: Annotated[str, typer.Option(help="Which point comes next: a name, or '{name: ...}'.")] = "sweep",
+    aspect_ratios: Annotated[
+        bool, typer.Option("--aspect-ratios", help="Open the model's depth and heads, their product kept.")
+    ] = False,
+    trials: Annotated[int | None, typer.Option(help="Stop when so many are done.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="The search's folder; it goes on where it holds one.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Train what a recipe's choices (!oneof [...]) allow and compare what it gives and costs: table, report, front."""
+    from lamina.search import search, with_aspect_ratios
+
+    space = with_aspect_ratios(_read(recipe or [])) if aspect_ratios else _read(recipe or [])
+    search(space, algorithm=_node(algorithm, "--algorithm"), trials=trials, folder=folder)
+    if aspect_ratios:
+        print("What is known of wide transformers is of small encoders, trained from scratch on classification.")
+
+
 @app.command()
 def methods(
     slug: Annotated[str | None, typer.Argument(help="One method's page; without it, the table of all.")] = None,

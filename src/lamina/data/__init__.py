@@ -13,6 +13,7 @@ from lamina.data.images import Images as Images
 from lamina.data.images import elastic_deformation as elastic_deformation
 from lamina.data.images import elastically_deformed as elastically_deformed
 from lamina.data.images import images as images
+from lamina.data.listops import listops as listops
 from lamina.data.loader import Loader as Loader
 from lamina.data.loader import one_pass as one_pass
 from lamina.data.named import ag_news as ag_news
@@ -31,6 +32,7 @@ from lamina.data.sentences import from_texts as from_texts
 from lamina.data.sentences import sentences as sentences
 from lamina.data.series import Windows as Windows
 from lamina.data.series import series as series
+from lamina.data.snippets import snippets as snippets
 from lamina.data.tabular import from_arrays as from_arrays
 from lamina.data.tabular import tabular as tabular
 from lamina.data.text import Blocks as Blocks

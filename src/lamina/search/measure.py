@@ -1,0 +1,105 @@
+"""What a trained model costs to run: time of a forward pass, and memory at its worst moment."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lamina.batches import Batch, call, to_device
+from lamina.data import Data, one_pass
+
+
+def rows_of(data: Data, count: int) -> Batch:
+    """Return the first rows of the evaluation set (of the training set, where there is none)."""
+    examples = data.train if data.evaluation is None else data.evaluation
+    return examples.batch(torch.arange(min(count, len(examples))))
+
+
+@torch.no_grad()
+def latency(model: nn.Module, batch: Batch, *, rounds: int = 15, seconds: float = 1.0) -> float:
+    """Return the median seconds of a forward pass, after three that do not count.
+
+    Args:
+        rounds: passes at most; fewer (but three) where they take longer than `seconds` together.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = to_device(batch, device)
+    for _ in range(3):
+        call(model, batch)
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < rounds and sum(times) < seconds):
+        _wait(device)
+        start = time.perf_counter()
+        call(model, batch)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def peak_bytes(model: nn.Module, batch: Batch) -> int:
+    """Return the bytes of weights and live tensors at the worst moment of a forward pass; the same on every machine.
+
+    Counted are the tensors that operations return; what a fused operation needs inside while it runs is not.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = to_device(batch, device)
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    weights = sum(t.numel() * t.element_size() for t in held)
+    with _Live() as live:
+        live.known = {
+            t.untyped_storage()._cdata for t in (*held, *(v for v in batch.values() if isinstance(v, Tensor)))
+        }
+        call(model, batch)
+    return weights + live.peak
+
+
+@torch.no_grad()
+def logged(model: nn.Module, objective: Any, data: Data) -> dict[str, float]:
+    """Return what an objective logs beside the loss (accuracy), its mean over the evaluation set, weighted by count."""
+    if data.evaluation is None:
+        return {}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    sums: dict[str, float] = {}
+    total = 0.0
+    for batch in one_pass(data.evaluation, data.batch):
+        losses: Mapping[str, Tensor] = objective(model, to_device(batch, device))
+        count = float(losses["count"])
+        total += count
+        for name, value in losses.items():
+            if name not in ("loss", "count"):
+                sums[name] = sums.get(name, 0.0) + float(value) * count
+    return {name: value / total for name, value in sums.items()} if total else {}
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, whenever an operation has returned some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,122 @@
+"""Run a search: one training run a trial, each in a folder of its own; a table, and a report with the front."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lamina.data import Data
+from lamina.errors import LaminaError
+from lamina.recipe import Recipe, build, check, dump, objectives
+from lamina.search import report
+from lamina.search.measure import latency, logged, peak_bytes, rows_of
+from lamina.search.space import Point, points
+from lamina.search.trial import Trial
+from lamina.train.metrics import Metrics, read
+from lamina.train.outcome import Run, count
+from lamina.train.run import train
+
+RECIPE, RESULTS, TRIALS = "recipe.yaml", "results.jsonl", "trials"
+"""What a search's folder holds, beside the report."""
+
+
+def search(
+    recipe: Recipe,
+    *,
+    algorithm: Any = "sweep",
+    trials: int | None = None,
+    folder: str | Path | None = None,
+) -> list[Trial]:
+    """Train the points of a search space and return what each gave.
+
+    The folder holds the space (`recipe.yaml`), a row a trial (`results.jsonl`), the run folders (`trials/000`, ...) and
+    `report.html`. Called again with the same folder it goes on: finished trials are not run again, a killed one
+    continues from its last checkpoint. A trial whose choices do not fit together is a row with an error.
+
+    Args:
+        recipe: with choices left open.
+        algorithm: which point comes next, a node of kind `algorithm`.
+        trials: stop when so many are done; None = the algorithm says.
+        folder: None = `runs/<recipe>-search`.
+    Raises:
+        LaminaError: nothing is open, an option does not fit, or the folder holds another search.
+    """
+    recipe, chooser = check(recipe), build(algorithm, "algorithm")
+    if trials is not None and trials < 1:
+        raise LaminaError(f"a search has at least one trial, got {trials}")
+    for point in points(recipe) if algorithm == "sweep" else ():
+        check(point.recipe, choices_allowed=False)
+    path = Path("runs", f"{_stem(recipe)}-search") if folder is None else Path(folder)
+    _keep_space(recipe, path)
+    results = Metrics(path / RESULTS)
+    done = [Trial(**row) for row in read(path / RESULTS)] if (path / RESULTS).exists() else []
+    while trials is None or len(done) < trials:
+        point = chooser.propose(recipe, done)
+        if point is None:
+            break
+        done.append(run_trial(point, len(done), path / TRIALS / f"{len(done):03d}"))
+        results.append(asdict(done[-1]))
+    report.show(done, report.write(path, done))
+    return done
+
+
+def run_trial(point: Point, number: int, folder: Path) -> Trial:
+    """Train one point in its folder (going on, if it was begun) and measure what came out."""
+    start = time.perf_counter()
+    try:
+        run = train(point.recipe, folder=folder, resume=(folder / RECIPE).exists())
+    except LaminaError as error:
+        return Trial(number=number, chosen=dict(point.chosen), error=str(error))
+    return measure(run, point, number, time.perf_counter() - start)
+
+
+def measure(run: Run, point: Point, number: int, seconds: float) -> Trial:
+    """Make the row of a run that is over."""
+    data: Data = build(point.recipe.data, "data")
+    node = objectives(point.recipe)[0]
+    objective = build(node, "objective", model=run.model, **data.sizes)
+    one, many = rows_of(data, 1), rows_of(data, 32)
+    return Trial(
+        number=number,
+        chosen=dict(point.chosen),
+        loss=run.loss if run.evaluation is None else run.evaluation,
+        metrics=logged(run.model, objective, data),
+        parameters=count(run.model),
+        latency_1=latency(run.model, one),
+        latency_32=latency(run.model, many),
+        peak_bytes=peak_bytes(run.model, many),
+        seconds=seconds,
+    )
+
+
+def _stem(recipe: Recipe) -> str:
+    """Name the recipe by the file it came from."""
+    places = (p.rpartition(":")[0] for p in recipe.places.values() if not p.startswith("override"))
+    return Path(next(places, "")).stem or "recipe"
+
+
+def _keep_space(recipe: Recipe, folder: Path) -> None:
+    """Write the space into the folder, or see that the one there is the same.
+
+    Raises:
+        LaminaError: another one is there.
+    """
+    kept, text = folder / RECIPE, dump(recipe)
+    if kept.exists():
+        if kept.read_text(encoding="utf-8") != text:
+            raise LaminaError(
+                f"{kept} is another search space: choose another folder with --folder, or remove that one"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_name(f".{kept.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(kept)
+
+
+def load(folder: str | Path) -> list[Trial]:
+    """Read the trials of a search that was run."""
+    return [Trial(**json.loads(line)) for line in (Path(folder) / RESULTS).read_text(encoding="utf-8").splitlines()]
