@@ -83,7 +83,7 @@ class FrozenPass(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside_scope:
             return func(*args, **kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = scopes.take_apart(args, kwargs)
         moving = {i: p for i, x in enumerate(leaves) if isinstance(x, Tensor) and (p := self.part1(x)) is not None}
         if not moving:
             return self._undisturbed(func, args, kwargs, leaves)
@@ -119,11 +119,13 @@ class FrozenPass(TorchFunctionMode):
         if written is not None:
             if 0 not in moving:
                 moving = {0: self._make_room(written), **moving}
-            leaves = [leaves[0].detach().clone(), *leaves[1:]]
+            # What a ReLU passed shows in its output as well.
+            before = leaves[0].detach() if name == "relu" else leaves[0].detach().clone()
+            leaves = [before, *leaves[1:]]
         result = func(*args, **kwargs)
         if written is None and (_tensorless(result) or result is leaves[0] or name in scopes.NEW):
             return result
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        args, kwargs = scopes.put_together(leaves, spec)
         straight = {i for i in moving if leaves[i] in self.straight}
         target = None if written is None else 0
         call = Call(func, name, args, kwargs, leaves, spec, moving, straight, self.settings, target)
@@ -190,7 +192,9 @@ class FrozenPass(TorchFunctionMode):
         if written is not None:
             self._write(call.leaves[0], call.result, written, part1)
             return
-        for value, moved in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(part1), strict=True):
+        alone = isinstance(call.result, Tensor)
+        pairs = [(call.result, part1)] if alone else zip(*map(pytree.tree_leaves, (call.result, part1)), strict=True)
+        for value, moved in pairs:
             if not isinstance(value, Tensor):
                 continue
             if moved is None:
@@ -304,6 +308,8 @@ def _affine(part1: Tensor) -> Callable[..., Tensor]:
 
 
 def _nothing(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return None
     return pytree.tree_map(lambda _: None, result)
 
 

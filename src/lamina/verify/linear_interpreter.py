@@ -62,7 +62,7 @@ class LinearInterpreter:
         layer hides its units: here it runs unfused.
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
         >>> x = torch.randn(1, 3)
         >>> system = LinearInterpreter(net, x)
         >>> torch.allclose(system.filter(x) + system.bias, net(x), atol=1e-6)
@@ -252,7 +252,7 @@ def linear_interpreter(
     """Return the exact affine map A x + b that a network is at x; args and raises as `LinearInterpreter`.
 
     Example:
-        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
         >>> linear_interpreter(net, torch.randn(1, 1, 8, 8)).row((0, 3, 3)).shape
         torch.Size([1, 1, 8, 8])
     """
@@ -283,7 +283,7 @@ def affine_parts(
     `LinearInterpreter`, but x has any number of rows.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))
+        >>> net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)).eval()
         >>> torch.allclose(affine_parts(net, torch.randn(5, 3)).bias, net[2].bias.expand(5, 2))
         True
     """

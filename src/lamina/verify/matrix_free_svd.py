@@ -107,12 +107,15 @@ def _lanczos(
     right, _ = _next(start, torch.zeros(0, inputs, dtype=torch.float64), generator)
     left, diagonal = _next(forward(right), torch.zeros(0, outputs, dtype=torch.float64), generator)
     small, last = torch.tensor([[diagonal]], dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
-    for step in range(1, LIMIT + 1):
+    for step in range(1, max(LIMIT, k) + 1):
         # F right^T = left^T small, and F^T left^T = right^T small^T but for one vector of length `off`.
         new, off = _next(backward(left[-1:]), right, generator) if step < inputs else (right[:0], 0.0)
         u, values, turn = torch.linalg.svd(small)
         done = step == min(inputs, outputs)
         if done or (step >= k and _settled(values[:k], last, off * u[-1, :k].abs(), tolerance)):
+            break
+        if step == max(LIMIT, k):
+            _warn(tolerance)
             break
         last = values[:k] if step >= k else last
         right = torch.cat([right, new])
@@ -120,8 +123,6 @@ def _lanczos(
         left = torch.cat([left, image])
         small = torch.nn.functional.pad(small, (0, 1, 0, 1))
         small[-2, -1], small[-1, -1] = off, diagonal
-    else:
-        _warn(tolerance)
     return SingularTriples((u.T @ left)[:k], values[:k], (turn @ right)[:k], step)
 
 

@@ -13,6 +13,8 @@ from lamina.verify.linear_scopes.call import NoRuleError as NoRuleError
 from lamina.verify.linear_scopes.call import Rule as Rule
 from lamina.verify.linear_scopes.call import Scope as Scope
 from lamina.verify.linear_scopes.call import Settings as Settings
+from lamina.verify.linear_scopes.call import put_together as put_together
+from lamina.verify.linear_scopes.call import take_apart as take_apart
 from lamina.verify.linear_scopes.products import SCOPES as _PRODUCTS
 from lamina.verify.linear_scopes.selections import SCOPES as _SELECTIONS
 from lamina.verify.linear_scopes.selections import tangent as tangent

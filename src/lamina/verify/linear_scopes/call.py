@@ -115,10 +115,14 @@ class Call:
 
     def affine(self, gain: Tensor, constant: Tensor | None = None, position: int = 0) -> Tensor:
         """Return gain * part1 + constant."""
-        if self.settings.watch:
-            self.gains.append(gain)
+        self.watched(gain)
         scaled = self.probes[position] * gain
         return scaled if constant is None else scaled + constant
+
+    def watched(self, gain: Tensor) -> None:
+        """Keep a gain where the pass watches."""
+        if self.settings.watch:
+            self.gains.append(gain)
 
     def run(self, instead: dict[int, Tensor], pick: Callable[[Any], Any] | None = None) -> Any:
         """Run the function with other values at these positions; nothing it was given is changed."""
@@ -126,11 +130,27 @@ class Call:
         leaves = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in self.leaves]
         for i, value in instead.items():
             leaves[i] = value.clone() if i == self.target else value
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        args, kwargs = put_together(leaves, self.spec)
         result = self.function(*args, **kwargs)
         if self.target is not None:
             return leaves[self.target]
         return result if pick is None else pick(result)
+
+
+def take_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Return the leaves of a call's arguments, and what puts them together again."""
+    given = [*args, *kwargs.values()]
+    if any(isinstance(value, (list, tuple, dict)) for value in given):
+        return pytree.tree_flatten((args, kwargs))
+    return given, (len(args), tuple(kwargs))
+
+
+def put_together(leaves: list[Any], spec: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments again."""
+    if not isinstance(spec, tuple):
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return args, kwargs
+    return tuple(leaves[: spec[0]]), dict(zip(spec[1], leaves[spec[0] :], strict=True))
 
 
 Scope = Callable[[Call], Any]
