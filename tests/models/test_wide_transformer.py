@@ -259,6 +259,10 @@ def test_replace_works_in_a_home_made_model_and_in_one_of_ours() -> None:
     expected = ours(ids)
     ours = rewrite(ours, Replace("attention", "attention", options={"kernel": {"name": "local", "window": 12}}))
     torch.testing.assert_close(ours(ids), expected, atol=1e-5, rtol=1e-4)
+    in_front, ids = lively(make(depth=2, head_width=4, pool="class")), tokens(2, 12)
+    expected = in_front(ids)
+    in_front = rewrite(in_front, Replace("attention", "attention"))
+    torch.testing.assert_close(in_front(ids), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def _mixer(old: nn.Module, place: Place, decision: ReplaceDecision) -> nn.Module
     if "heads" not in decision.options:
         given |= offered(old, place.heads)
     given |= {} if place.heads is None else {"heads": place.heads}
-    context = place.context
+    context = _context(old, place.context)
     if decision.grid is not None:
         given |= {"grid": decision.grid, "prefix": decision.prefix}
         context = decision.prefix + math.prod(decision.grid)
@@ -231,6 +231,12 @@ def _mixer(old: nn.Module, place: Place, decision: ReplaceDecision) -> nn.Module
     if decision.grid is None or _layout(decision.new) != "grid":
         return mixer
     return GridAsSequence(mixer, decision.grid, decision.prefix)
+
+
+def _context(old: nn.Module, context: int | None) -> int | None:
+    """Return the longest sequence: of the model, or of the attention where that says more (class tokens in front)."""
+    own = [c for m in old.modules() if isinstance(c := getattr(m, "context", None), int)]
+    return context if context is None else max([context, *own])
 
 
 def _layout(new: str) -> str:
