@@ -10,6 +10,7 @@ tokenformer         TokenFormer's sizes and TokenFormerViT: weights that can be 
 fit                 FIT: local attention in groups, global attention among their latents; encoder, decoder, denoiser
 boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
 prototype_network   an autoencoder that decides by prototypes; prototype_explanation: of any model with such a head
+neural_ode          classifiers with a neural ODE or SDE as their body; latent_ode: of time series
 hugging_face        any transformers model, by config or folder
 """
 
@@ -29,6 +30,7 @@ from lamina.models.fit import shift_latents as shift_latents
 from lamina.models.fit import snake_order as snake_order
 from lamina.models.fit import ungroup_image as ungroup_image
 from lamina.models.hugging_face import hugging_face as hugging_face
+from lamina.models.latent_ode import LatentODE as LatentODE
 from lamina.models.metaformer import MetaFormer as MetaFormer
 from lamina.models.metaformer import MetaFormerBlock as MetaFormerBlock
 from lamina.models.metaformer import load_timm as load_timm
@@ -41,6 +43,8 @@ from lamina.models.metaformer import poolformer_m48 as poolformer_m48
 from lamina.models.metaformer import poolformer_s12 as poolformer_s12
 from lamina.models.metaformer import poolformer_s24 as poolformer_s24
 from lamina.models.metaformer import poolformer_s36 as poolformer_s36
+from lamina.models.neural_ode import NeuralODEClassifier as NeuralODEClassifier
+from lamina.models.neural_ode import NeuralSDEClassifier as NeuralSDEClassifier
 from lamina.models.prototype_explanation import Explanation as Explanation
 from lamina.models.prototype_explanation import NearestTraining as NearestTraining
 from lamina.models.prototype_explanation import explain_prototypes as explain_prototypes

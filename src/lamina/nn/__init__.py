@@ -16,6 +16,7 @@ linear_attention  attention in time linear in the tokens, for images
 layout          sequence mixers on images and the other way round
 parameter_attention  attention to learned pairs, a projection whose weights can grow
 local_global_attention  attention inside groups of tokens, and among a few latents of all groups
+ode             neural ODEs and SDEs, and what a step of their solvers would cost
 patch_embedding  patches of a map, with wider views beside them
 progressive_norm  layer norm that ends as batch norm (PRepBN), and batch norm with a skip (RepBN)
 prototype       distances to learned prototypes; a head that decides by them
@@ -89,6 +90,17 @@ from lamina.nn.local_global_attention import LocalGlobalAttention as LocalGlobal
 from lamina.nn.monotone_coupling import Coupling as Coupling
 from lamina.nn.monotone_coupling import MonotoneHollow as MonotoneHollow
 from lamina.nn.monotone_coupling_conv import MonotoneHollowConv as MonotoneHollowConv
+from lamina.nn.ode.block import NeuralODE as NeuralODE
+from lamina.nn.ode.field import TimeConv as TimeConv
+from lamina.nn.ode.field import TimeMLP as TimeMLP
+from lamina.nn.ode.recording import recording as recording
+from lamina.nn.ode.sde import NeuralSDE as NeuralSDE
+from lamina.nn.ode.sde_step import local_sde_error as local_sde_error
+from lamina.nn.ode.solve import Solution as Solution
+from lamina.nn.ode.step import initial_step as initial_step
+from lamina.nn.ode.step import local_error as local_error
+from lamina.nn.ode.step import local_stiffness as local_stiffness
+from lamina.nn.ode.step import rk_step as rk_step
 from lamina.nn.parameter_attention import Pattention as Pattention
 from lamina.nn.parameter_attention import parameter_attention as parameter_attention
 from lamina.nn.patch_embedding import MultiScalePatchEmbed as MultiScalePatchEmbed

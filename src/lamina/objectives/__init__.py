@@ -1,15 +1,18 @@
 """Objectives: what a training step minimises.
 
 objective     the protocol; weighted sums
+evidence_bound  errors of a latent model and the divergence of its posterior
 fourier_smoothness  keep the densities of Fourier heads smooth
 hypernetwork  hold the weights that a hypernetwork made for earlier tasks
 supervised    next token, masked token, classification, regression
 distillation  follow a teacher's logits and hidden states
 masked_marginals  what was hidden of a Boltzmann machine's variables
 prototype     the four terms of a prototype network; the two penalties beside any objective
+solver_cost   what a step costs the solvers of neural ODEs and SDEs: local, and global
 """
 
 from lamina.objectives.distillation import Distillation as Distillation
+from lamina.objectives.evidence_bound import EvidenceBound as EvidenceBound
 from lamina.objectives.fourier_smoothness import FourierSmoothness as FourierSmoothness
 from lamina.objectives.hypernetwork import HyperNetworkDrift as HyperNetworkDrift
 from lamina.objectives.masked_marginals import MaskedMarginals as MaskedMarginals
@@ -18,6 +21,8 @@ from lamina.objectives.objective import Objective as Objective
 from lamina.objectives.objective import WeightedSum as WeightedSum
 from lamina.objectives.prototype import PrototypeObjective as PrototypeObjective
 from lamina.objectives.prototype import PrototypePenalties as PrototypePenalties
+from lamina.objectives.solver_cost import GlobalSolverCost as GlobalSolverCost
+from lamina.objectives.solver_cost import LocalSolverCost as LocalSolverCost
 from lamina.objectives.supervised import Classification as Classification
 from lamina.objectives.supervised import MaskedToken as MaskedToken
 from lamina.objectives.supervised import NextToken as NextToken
