@@ -72,7 +72,8 @@ class FrozenPass(TorchFunctionMode):
         """Return what belongs to a tensor; None: it does not depend on the probe."""
         found: Tensor | None = self.probes.get(value)
         if found is None and value._is_view() and value._base in self.probes:
-            found = _same_view(self.probes[value._base], value, self.settings.count)
+            with torch.set_grad_enabled(self.differentiable):
+                found = _same_view(self.probes[value._base], value, self.settings.count)
             self.probes[value] = found
         return found
 
@@ -211,7 +212,15 @@ class FrozenPass(TorchFunctionMode):
         if part1 is None:
             part1 = self._spread(target)
         if before.shape == target.shape:
-            written.copy_(part1)
+            try:
+                written.copy_(part1)
+            except RuntimeError:
+                # One of several views of a split, which autograd does not let anybody write into: by a view of its own.
+                base = written._base
+                if base is None:
+                    raise
+                written = base.as_strided(written.shape, written.stride(), written.storage_offset())
+                self.probes[target] = written.copy_(part1)
         else:
             self.probes[target] = part1
 
@@ -222,7 +231,8 @@ class FrozenPass(TorchFunctionMode):
             self.probes[target] = self._spread(target)
         else:
             self.probes[base] = self._spread(base)
-            self.probes[target] = _same_view(self.probes[base], target, self.settings.count)
+            with torch.set_grad_enabled(self.differentiable):
+                self.probes[target] = _same_view(self.probes[base], target, self.settings.count)
         found: Tensor = self.probes[target]
         return found
 

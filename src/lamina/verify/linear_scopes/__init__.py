@@ -90,7 +90,7 @@ def name_of(function: object) -> str:
     if name in ("__get__", "__set__", "__delete__"):
         attribute: str = getattr(getattr(function, "__self__", None), "__name__", name)
         return attribute if name == "__get__" else name
-    return name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name
+    return name if name.startswith("__") else name.strip("_")
 
 
 def in_place(function: object, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:

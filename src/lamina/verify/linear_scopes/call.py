@@ -124,10 +124,17 @@ class Call:
         if self.settings.watch:
             self.gains.append(gain)
 
+    def kept(self, position: int) -> Tensor:
+        """Return a value at x0 that the graph of the probe may hold on to: the model may write into its own."""
+        value: Tensor = self.leaves[position].detach()
+        return value.clone() if torch.is_grad_enabled() else value
+
     def run(self, instead: dict[int, Tensor], pick: Callable[[Any], Any] | None = None) -> Any:
         """Run the function with other values at these positions; nothing it was given is changed."""
         # Weights are constants here: no gradient of theirs is wanted, and none of their inputs is to be kept for one.
         leaves = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in self.leaves]
+        for i in self.probes.keys() - instead.keys() if instead else ():
+            leaves[i] = self.kept(i)
         for i, value in instead.items():
             leaves[i] = value.clone() if i == self.target else value
         args, kwargs = put_together(leaves, self.spec)

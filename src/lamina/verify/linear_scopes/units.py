@@ -20,9 +20,9 @@ PIECEWISE = frozenset(
 """Pointwise and piecewise linear: the slope is the one PyTorch's backward has at x0, also on a kink."""
 
 SMOOTH = frozenset(
-    "sigmoid tanh silu gelu softplus mish elu celu selu hardswish softsign tanhshrink logsigmoid logit exp exp2 expm1 "
-    "log log2 log10 log1p sqrt rsqrt square pow float_power __pow__ __rpow__ sin cos tan asin acos atan arctan sinh "
-    "cosh asinh acosh atanh erf erfc special_expit special_erf sinc".split()
+    "sigmoid tanh silu gelu softplus mish elu celu selu hardswish softsign tanhshrink logsigmoid log_sigmoid "
+    "logit exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow float_power __pow__ __rpow__ sin cos tan "
+    "asin acos atan arctan sinh cosh asinh acosh atanh erf erfc special_expit special_erf sinc".split()
 )
 """Pointwise and smooth."""
 
@@ -31,7 +31,7 @@ def relu(call: Call) -> Tensor:
     """Pass what x0 passed."""
     call.watched(call.leaves[0] > 0)
     # One pass over memory where a product with the mask takes six times as long.
-    part1: Tensor = torch.ops.aten.threshold_backward(call.probes[0], call.leaves[0], 0)
+    part1: Tensor = torch.ops.aten.threshold_backward(call.probes[0], call.kept(0), 0)
     return part1
 
 
@@ -52,15 +52,21 @@ def smooth(call: Call) -> Tensor:
         return call.affine(y / x)
     near = size < call.settings.eps
     # Few are near 0: what is right there is put into their places, at any size cheaper than a choice everywhere.
-    bare = not any(isinstance(leaf, Tensor) for leaf in call.leaves[1:])
-    zero = x.new_zeros(1) if bare else torch.zeros_like(x)
-    gain, flat = y / x, slope(call, zero)
-    gain[near] = torch.where(flat.isfinite(), flat, 0).expand_as(x)[near]
-    if not bool(call.unit(zero).any()):
+    gain, flat = y / x, _slope_at(call, x, near)
+    gain[near] = torch.where(flat.isfinite(), flat, 0)
+    rest = y[near] - gain[near] * x[near]
+    if bool(rest.abs().max() <= call.settings.eps**2):
         return call.affine(gain)
     constant = torch.zeros_like(x)
-    constant[near] = y[near] - gain[near] * x[near]
+    constant[near] = rest
     return call.affine(gain, constant)
+
+
+def _slope_at(call: Call, x: Tensor, chosen: Tensor) -> Tensor:
+    """Return the derivative at the chosen places; at all where another argument has a value a place."""
+    if any(isinstance(leaf, Tensor) for leaf in call.leaves[1:]):
+        return slope(call, x)[chosen]
+    return slope(call, x[chosen])
 
 
 def slope(call: Call, at: Tensor) -> Tensor:
