@@ -13,7 +13,7 @@ from lamina import data
 from lamina.errors import LaminaError
 from lamina.registry import find, names
 
-MODULES = "hugging_face images named sentences series tabular text tokens".split()
+MODULES = "flows hugging_face images named pde sentences series tabular text tokens".split()
 AUGMENTED = {"elastically_deformed"}
 """Training rows of these depend on the batch they are in: the same batch again is the same, another order is not."""
 BY_NAME: dict[str, Example] = {}

@@ -5,6 +5,7 @@ from lamina.data.digit_images import digit_images as digit_images
 from lamina.data.examples import Columns as Columns
 from lamina.data.examples import Data as Data
 from lamina.data.examples import Examples as Examples
+from lamina.data.flows import flows as flows
 from lamina.data.graphs import Graph as Graph
 from lamina.data.graphs import cora as cora
 from lamina.data.hugging_face import from_datasets as from_datasets
@@ -26,6 +27,7 @@ from lamina.data.named import sts_b as sts_b
 from lamina.data.named import tiny_shakespeare as tiny_shakespeare
 from lamina.data.named import uci as uci
 from lamina.data.named import wikitext as wikitext
+from lamina.data.pde import pde as pde
 from lamina.data.sentence_pairs import SentencePairs as SentencePairs
 from lamina.data.sentence_pairs import sentence_pairs as sentence_pairs
 from lamina.data.sentences import from_texts as from_texts

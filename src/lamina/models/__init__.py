@@ -8,6 +8,7 @@ metaformer          the MetaFormer template and PoolFormer's sizes
 raft_mlp            RaftMLP's sizes and MLP-Mixer: all-MLP backbones
 tokenformer         TokenFormer's sizes and TokenFormerViT: weights that can be added to
 fit                 FIT: local attention in groups, global attention among their latents; encoder, decoder, denoiser
+neural_operator     MgNO and FNO: from one field on a grid to another, by V-cycles or by frequencies
 boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
 prototype_network   an autoencoder that decides by prototypes; prototype_explanation: of any model with such a head
 neural_ode          classifiers with a neural ODE or SDE as their body; latent_ode: of time series
@@ -45,6 +46,14 @@ from lamina.models.metaformer import poolformer_s24 as poolformer_s24
 from lamina.models.metaformer import poolformer_s36 as poolformer_s36
 from lamina.models.neural_ode import NeuralODEClassifier as NeuralODEClassifier
 from lamina.models.neural_ode import NeuralSDEClassifier as NeuralSDEClassifier
+from lamina.models.neural_operator import FNO as FNO
+from lamina.models.neural_operator import MgNO as MgNO
+from lamina.models.neural_operator import mgno_darcy_rough as mgno_darcy_rough
+from lamina.models.neural_operator import mgno_darcy_smooth as mgno_darcy_smooth
+from lamina.models.neural_operator import mgno_helmholtz as mgno_helmholtz
+from lamina.models.neural_operator import mgno_navier_stokes as mgno_navier_stokes
+from lamina.models.neural_operator import mgno_pipe as mgno_pipe
+from lamina.models.neural_operator import rollout as rollout
 from lamina.models.prototype_explanation import Explanation as Explanation
 from lamina.models.prototype_explanation import NearestTraining as NearestTraining
 from lamina.models.prototype_explanation import explain_prototypes as explain_prototypes

@@ -16,6 +16,7 @@ linear_attention  attention in time linear in the tokens, for images
 layout          sequence mixers on images and the other way round
 parameter_attention  attention to learned pairs, a projection whose weights can grow
 local_global_attention  attention inside groups of tokens, and among a few latents of all groups
+multigrid       a linear map over a whole grid as a V-cycle of small convolutions; spectral_convolution: by frequencies
 ode             neural ODEs and SDEs, and what a step of their solvers would cost
 patch_embedding  patches of a map, with wider views beside them
 progressive_norm  layer norm that ends as batch norm (PRepBN), and batch norm with a skip (RepBN)
@@ -90,6 +91,9 @@ from lamina.nn.local_global_attention import LocalGlobalAttention as LocalGlobal
 from lamina.nn.monotone_coupling import Coupling as Coupling
 from lamina.nn.monotone_coupling import MonotoneHollow as MonotoneHollow
 from lamina.nn.monotone_coupling_conv import MonotoneHollowConv as MonotoneHollowConv
+from lamina.nn.multigrid import MultigridLinear as MultigridLinear
+from lamina.nn.multigrid import MultigridMixer as MultigridMixer
+from lamina.nn.multigrid import v_cycle as v_cycle
 from lamina.nn.ode.block import NeuralODE as NeuralODE
 from lamina.nn.ode.field import TimeConv as TimeConv
 from lamina.nn.ode.field import TimeMLP as TimeMLP
@@ -127,3 +131,4 @@ from lamina.nn.resize_token_mixing import ResizeTokenMixing as ResizeTokenMixing
 from lamina.nn.ridge_regression import RidgeFit as RidgeFit
 from lamina.nn.ridge_regression import fit_ridge as fit_ridge
 from lamina.nn.ridge_regression import ridge as ridge
+from lamina.nn.spectral_convolution import SpectralConvolution as SpectralConvolution

@@ -25,6 +25,7 @@ from lamina.rewrite import _replace_equilibrium as _replace_equilibrium
 from lamina.rewrite import _replace_evonorm as _replace_evonorm
 from lamina.rewrite import _replace_fourier_head as _replace_fourier_head
 from lamina.rewrite import _replace_hypercomplex as _replace_hypercomplex
+from lamina.rewrite import _replace_multigrid as _replace_multigrid
 from lamina.rewrite import _replace_pattention as _replace_pattention
 from lamina.rewrite import _replace_recurrent as _replace_recurrent
 from lamina.rewrite._fused_layer import leave_fused_path
