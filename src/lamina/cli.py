@@ -132,6 +132,29 @@ def search_command(
 
 
 @app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="Folder of a saved model, a model node, or module:function.")],
+    example: Annotated[str, typer.Argument(metavar="INPUT", help="Image, .npy, or a data set's example: digits:7.")],
+    output: Annotated[list[int] | None, typer.Option(help="Output to explain, by flat index; may be repeated.")] = None,
+    rows: Annotated[bool, typer.Option("--rows", help="Show what outputs look at.")] = False,
+    columns: Annotated[bool, typer.Option("--columns", help="Show where inputs go.")] = False,
+    svd: Annotated[int, typer.Option(help="Show this many singular triples, computed in float64.")] = 0,
+    count: Annotated[int, typer.Option(help="How many outputs and inputs are chosen.")] = 3,
+    rule: Annotated[str, typer.Option(help="Of smooth units: secant or tangent.")] = "secant",
+    size: Annotated[int | None, typer.Option(help="Scale and crop an image to this square.")] = None,
+    mean: Annotated[float, typer.Option(help="Subtracted from pixels of 0..1.")] = 0.5,
+    std: Annotated[float, typer.Option(help="Divided by.")] = 0.5,
+    out: Annotated[Path, typer.Option(help="Folder for the page, pictures and arrays.")] = Path("explain"),
+    debug: Debug = False,
+) -> None:
+    """Show the linear system behind one input: votes, bias shares, rows, columns, singular images."""
+    from lamina.verify.explain_command import run
+
+    what = {"rows": rows, "columns": columns} if rows or columns or svd else {}
+    run(model, example, out, outputs=output, svd=svd, count=count, rule=rule, size=size, mean=mean, std=std, **what)
+
+
+@app.command()
 def methods(
     slug: Annotated[str | None, typer.Argument(help="One method's page; without it, the table of all.")] = None,
     parts: Annotated[bool, typer.Option("--parts", help="List every registered part instead.")] = False,
