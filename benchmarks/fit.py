@@ -1,0 +1,262 @@
+"""FIT against a hand-written loop of the same products, and against full attention at 4k, 16k and 65k tokens.
+
+The loop does what the card says with `F.linear`, `F.layer_norm` and `scaled_dot_product_attention` on the same weights,
+no modules in between: as many operations, so the ratio of times is the inverse of that of tokens a second. Memory is
+the growth of a process's peak over a training step of its own, `python -m benchmarks.fit NAME LENGTH`.
+
+Run: OMP_NUM_THREADS=1 python -m benchmarks fit
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import Row, pair, write
+from lamina.models import FIT, FITAutoregressive, TransformerBlock
+from lamina.nn import Attention, FeedForward
+
+SIZES: dict[str, Any] = {"token_width": 128, "latent_width": 192, "token_heads": 4, "latent_heads": 6}
+LENGTHS = (4096, 16384, 65536)
+WIDTH, HEADS, GROUP, LATENTS, LAYERS = 32, 2, 256, 16, "(1)1(1)1"
+LIMIT = 4 * 2**30
+"""Bytes that a training step may take in the search for the longest sequence."""
+
+State = dict[str, Tensor]
+
+
+def linear(w: State, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def norm(w: State, name: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+
+
+def attend(w: State, name: str, x: Tensor, context: Tensor, heads: int, **options: Any) -> Tensor:
+    q = linear(w, f"{name}.query", x).unflatten(-1, (heads, -1)).transpose(1, 2)
+    k = linear(w, f"{name}.key", context).unflatten(-1, (heads, -1)).transpose(1, 2)
+    v = linear(w, f"{name}.value", context).unflatten(-1, (heads, -1)).transpose(1, 2)
+    return linear(w, f"{name}.out", F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2))
+
+
+def layer(w: State, name: str, x: Tensor, heads: int, **options: Any) -> Tensor:
+    y = norm(w, f"{name}.norm1", x)
+    x = x + attend(w, f"{name}.mixer", y, y, heads, **options)
+    y = linear(w, f"{name}.feed_forward.up", norm(w, f"{name}.norm2", x))
+    return x + linear(w, f"{name}.feed_forward.down", F.gelu(y))
+
+
+def read(w: State, name: str, x: Tensor, context: Tensor, heads: int) -> Tensor:
+    kv = norm(w, f"{name}.context_norm", context)
+    return x + attend(w, f"{name}.attention", norm(w, f"{name}.norm", x), kv, heads)
+
+
+def trunk(w: State, counts: list[tuple[int, int]], x: Tensor, heads: tuple[int, int], causal: bool) -> tuple[Any, Any]:
+    batch, groups, n, _ = x.shape
+    z = w["trunk.table"].unflatten(0, (groups, -1)).expand(batch, -1, -1, -1)
+    m, x = z.shape[2], x.flatten(0, 1)
+    mask = None
+    if causal:
+        number = torch.arange(groups * m) // m
+        mask = number[:, None] >= number
+    for i, (local, total) in enumerate(counts):
+        for j in range(local):
+            x = layer(w, f"trunk.blocks.{i}.local.{j}", x, heads[0], is_causal=causal)
+        if total:
+            z = read(w, f"trunk.blocks.{i}.read", z.flatten(0, 1), x, min(heads)).view(batch, groups * m, -1)
+            for j in range(total):
+                z = layer(w, f"trunk.blocks.{i}.latent.{j}", z, heads[1], attn_mask=mask)
+            z = z.view(batch, groups, m, -1)
+        if i < len(counts) - 1:
+            seen = torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), 1) if causal else z
+            x = read(w, f"trunk.blocks.{i}.write", x, seen.flatten(0, 1), min(heads))
+    return x.view(batch, groups, n, -1), z
+
+
+def encoder_loop(model: FIT, counts: list[tuple[int, int]]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    w, heads = dict(model.named_parameters()), (SIZES["token_heads"], SIZES["latent_heads"])
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = norm(w, "stem.norm", linear(w, "stem.project", x)) + w["stem.positions.table"]
+        tokens, latents = trunk(w, counts, x, heads, False)
+        return norm(w, "token_norm", tokens), norm(w, "latent_norm", latents)
+
+    return run
+
+
+def decoder_loop(model: FITAutoregressive, counts: list[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
+    w, heads = dict(model.named_parameters()), (SIZES["token_heads"], SIZES["latent_heads"])
+    n = model.tokens_per_group
+
+    def run(ids: Tensor) -> Tensor:
+        x = F.embedding(ids, w["embedding.weight"]).unflatten(1, (-1, n)) + w["positions.table"]
+        tokens, _ = trunk(w, counts, x, heads, True)
+        return F.linear(norm(w, "token_norm", tokens).flatten(1, 2), w["embedding.weight"], w["head.bias"])
+
+    return run
+
+
+def forward(model: Callable[[Tensor], Any], x: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        with torch.inference_mode():
+            return model(x)
+
+    return run
+
+
+def training(model: Callable[[Tensor], Any], x: Tensor, owner: nn.Module) -> Callable[[], object]:
+    def run() -> object:
+        owner.zero_grad()
+        found = model(x)
+        sum(y.square().mean() for y in (found if isinstance(found, tuple) else (found,))).backward()
+        return None
+
+    return run
+
+
+def full_transformer() -> nn.Module:
+    def block() -> nn.Module:
+        attention = Attention(WIDTH, HEADS, bias=True)
+        return TransformerBlock(nn.LayerNorm(WIDTH), attention, nn.LayerNorm(WIDTH), FeedForward(WIDTH))
+
+    return nn.Sequential(*(block() for _ in range(4)))
+
+
+def long_fit(length: int, **options: Any) -> FIT:
+    return FIT(LAYERS, GROUP, length // GROUP, LATENTS, WIDTH, WIDTH, WIDTH, HEADS, HEADS, **options)
+
+
+def equal_work() -> list[Row]:
+    """The same products, with modules and without."""
+    rows, names, goal = [], ("fit", "hand-written loop, same weights"), "<= 1.0"
+    model = FIT("(2)4(2)", 256, 16, 16, 48, **SIZES)
+    loop, x = encoder_loop(model, [(2, 4), (2, 0)]), torch.randn(1, 16, 256, 48)
+    torch.testing.assert_close(model(x), loop(x), rtol=1e-4, atol=1e-4)
+    what = "encoder, 4096 tokens, (2)4(2), widths 128 and 192"
+    rows.append(pair(f"{what}: forward", forward(model, x), forward(loop, x), names=names, goal=goal, rounds=21))
+    pairs = training(model, x, model), training(loop, x, model)
+    rows.append(pair(f"{what}: forward and backward", *pairs, names=names, goal=goal, rounds=11))
+    compiled = torch.compile(model, fullgraph=True)
+    alone = ("fit, compiled", "fit")
+    rows.append(pair(f"{what}: forward", forward(compiled, x), forward(model, x), names=alone, goal="< 1.0", warmup=3))
+    decoder = FITAutoregressive("(2)2(2)", 64, 16, 8, vocabulary=256, **SIZES)
+    loop, ids = decoder_loop(decoder, [(2, 2), (2, 0)]), torch.randint(256, (4, 1024))
+    torch.testing.assert_close(decoder(ids), loop(ids), rtol=1e-4, atol=1e-4)
+    names, what = ("fit_autoregressive", names[1]), "bytes, 4 x 1024, (2)2(2)"
+    rows.append(pair(f"{what}: forward", forward(decoder, ids), forward(loop, ids), names=names, goal=goal))
+    pairs = training(decoder, ids, decoder), training(loop, ids, decoder)
+    rows.append(pair(f"{what}: forward and backward", *pairs, names=names, goal=goal, rounds=11))
+    return rows
+
+
+def generation() -> Row:
+    """A token from the cache, and from the whole sequence."""
+    model = FITAutoregressive("(2)2(2)", 64, 16, 8, vocabulary=256, **SIZES).eval()
+    prompt = torch.randint(256, (1, 512))
+
+    class Whole(FITAutoregressive):
+        caches = False
+
+    whole = Whole("(2)2(2)", 64, 16, 8, vocabulary=256, **SIZES).eval()
+    whole.load_state_dict(model.state_dict())
+    what, names = "generate 32 bytes after 512", ("from the cache", "over the whole sequence each time")
+    runs = [lambda m=m: m.generate(prompt, 32, temperature=0) for m in (model, whole)]
+    assert torch.equal(runs[0](), runs[1]())
+    return pair(what, *runs, names=names, goal="< 1.0", rounds=5, warmup=1)
+
+
+def against_full_attention() -> list[Row]:
+    """Time and memory as sequences grow; four layers of width 32 each."""
+    rows, medians = [], []
+    names = (f"fit {LAYERS}, n = {GROUP}, m = {LATENTS}", "4 layers of full attention")
+    full = full_transformer().eval()
+    for length in LENGTHS:
+        x, fit = torch.randn(1, length, WIDTH), long_fit(length).eval()
+        # A forward pass of full attention over 65536 tokens takes a minute.
+        often = {"rounds": 2, "warmup": 0} if length > 20_000 else {"rounds": 5, "warmup": 1}
+        what = f"forward, {length} tokens, width {WIDTH}"
+        rows.append(pair(what, forward(fit, x), forward(full, x), names=names, goal="<= 0.33 at 16384", **often))
+        medians.append(rows[-1].milliseconds)
+    slopes = [slope([m[i] for m in medians]) for i in (0, 1)]
+    what = f"exponent of the time over {LENGTHS[0]}..{LENGTHS[-1]} tokens: {slopes[0]:.2f} against {slopes[1]:.2f}"
+    print(what, flush=True)
+    ratio = slopes[0] / slopes[1]
+    rows.append(Row(what, *names, ratio, (ratio, ratio), "4/3 against 2: 0.67", (0.0, 0.0)))
+    rows += [memory(length, ("fit", "full"), names) for length in LENGTHS[:2]]
+    return [*rows, memory(LENGTHS[2], ("recomputed", "fit"), ("fit, checkpoint=True", "fit"))]
+
+
+def slope(times: list[float]) -> float:
+    logs = [math.log(n) for n in LENGTHS], [math.log(t) for t in times]
+    return statistics.linear_regression(*logs).slope
+
+
+def memory(length: int, which: tuple[str, str], names: tuple[str, str]) -> Row:
+    ours, peer = (step_bytes(name, length)[0] / 1e6 for name in which)
+    what = f"memory of a training step, {length} tokens, width {WIDTH}"
+    print(f"{what}: {ours:.0f} and {peer:.0f} MB", flush=True)
+    return Row(what, *names, ours / peer, (ours / peer,) * 2, "reported", (0.0, 0.0), megabytes=(ours, peer))
+
+
+def longest() -> list[Row]:
+    """Double the sequence until a training step no longer fits into the limit."""
+    rows = []
+    for which, name in (("fit", "fit"), ("recomputed", "fit, checkpoint=True")):
+        length, fitting = 65536, (0, 0.0, 0.0)
+        while True:
+            size, seconds = step_bytes(which, length)
+            print(f"{name}: a step over {length} tokens takes {size / 1e6:.0f} MB, {seconds:.1f} s", flush=True)
+            if size > LIMIT:
+                break
+            fitting, length = (length, size / 1e6, seconds), 2 * length
+        what = f"longest sequence trained in 4 GiB (by doubling): {fitting[0]} tokens in {fitting[2]:.0f} s"
+        share = fitting[1] * 1e6 / LIMIT
+        sizes = (fitting[1], LIMIT / 1e6)
+        rows.append(Row(what, name, "4 GiB", share, (share, share), "reported", (0.0, 0.0), megabytes=sizes))
+    return rows
+
+
+def step_bytes(which: str, length: int) -> tuple[int, float]:
+    """Run a training step in a process of its own; return how far its peak grew, and how long it took."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fit", which, str(length)], capture_output=True, text=True, check=True
+    )
+    size, seconds = done.stdout.split()
+    return int(size), float(seconds)
+
+
+def one_step(which: str, length: int) -> None:
+    torch.set_num_threads(1)
+    model = full_transformer() if which == "full" else long_fit(length, checkpoint=which == "recomputed")
+    x = torch.randn(1, length, WIDTH)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    training(model, x, model)()
+    spent = time.perf_counter() - start
+    unit = 1 if sys.platform == "darwin" else 1024
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit, spent)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = [*equal_work(), generation(), *against_full_attention(), *longest()]
+    write("fit", rows)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        one_step(sys.argv[1], int(sys.argv[2]))
+    else:
+        main()
