@@ -43,7 +43,7 @@ class FrozenPass(TorchFunctionMode):
     """Follows probes through whatever runs while it is open.
 
     Args:
-        names: id of every module -> its path and class, for messages.
+        model: whose modules are named in messages.
         functions: a user's scopes by the name of the torch function.
         settings: rule, strictness, number of probes.
         differentiable: keep the graph of the probes.

@@ -179,11 +179,12 @@ class LinearInterpreter:
             MissingExtra: scipy is not installed.
         """
         linalg = require("scipy.sparse.linalg", "experiments")
+        dtype = torch.promote_types(self.x0.dtype, torch.float32)
 
         def moved(run: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Any], Any]:
             def product(columns: Any) -> Any:
                 rows = torch.as_tensor(columns.reshape(len(columns), -1).T.copy()).to(like)
-                found = run(rows.reshape(-1, *_row(like))).flatten(1).T.cpu().numpy()
+                found = run(rows.reshape(-1, *_row(like))).flatten(1).T.to(dtype).cpu().numpy()
                 return found.reshape(-1) if columns.ndim == 1 else found
 
             return product
@@ -193,7 +194,7 @@ class LinearInterpreter:
             (self.output.numel(), self.x0.numel()),
             *(forward, backward, forward),
             rmatmat=backward,
-            dtype=self.x0.detach().cpu().numpy().dtype,
+            dtype=str(dtype).removeprefix("torch."),
         )
 
     def check(self) -> dict[str, Any]:
@@ -313,7 +314,7 @@ def _fit(x: Tensor, like: Tensor, what: str, whose: str) -> tuple[Tensor, bool]:
     row = _row(like)
     if x.shape == like.shape:
         return x.reshape(1, *row), False
-    if x.dim() == len(row) + 1 and tuple(x.shape[1:]) == row:
+    if x.dim() == len(row) + 1 and tuple(x.shape[1:]) == row and len(x):
         return x, True
     raise ShapeError(f"{what} must have the shape of {whose}, {tuple(like.shape)}, or be (count, {', '.join(map(str, row))}); got {tuple(x.shape)}")  # fmt: skip  # noqa: E501
 
