@@ -8,6 +8,7 @@ metaformer          the MetaFormer template and PoolFormer's sizes
 raft_mlp            RaftMLP's sizes and MLP-Mixer: all-MLP backbones
 tokenformer         TokenFormer's sizes and TokenFormerViT: weights that can be added to
 fit                 FIT: local attention in groups, global attention among their latents; encoder, decoder, denoiser
+terminator          Terminator: slow kernels computed from coordinates times fast activations
 neural_operator     MgNO and FNO: from one field on a grid to another, by V-cycles or by frequencies
 boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
 prototype_network   an autoencoder that decides by prototypes; prototype_explanation: of any model with such a head
@@ -71,6 +72,7 @@ from lamina.models.resnet import resnet18 as resnet18
 from lamina.models.resnet import resnet20 as resnet20
 from lamina.models.resnet import resnet34 as resnet34
 from lamina.models.resnet import resnet50 as resnet50
+from lamina.models.terminator import Terminator as Terminator
 from lamina.models.tokenformer import TokenFormer as TokenFormer
 from lamina.models.tokenformer import TokenFormerViT as TokenFormerViT
 from lamina.models.tokenformer import tokenformer_1_5b as tokenformer_1_5b

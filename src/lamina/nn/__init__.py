@@ -12,6 +12,7 @@ feed_forward    the plain and the gated position-wise network
 fourier_head    logits over ordered bins as a Fourier density; fourier_density: the density itself
 hopfield        association with stored patterns: mixer, pooling, look-up, memory; attention is one case of it
 hypercomplex    linear layers and convolutions with 1/n of the weights
+hyper_convolution  kernels computed from coordinates, and HyperZZW's products of them with the maps
 linear_attention  attention in time linear in the tokens, for images
 layout          sequence mixers on images and the other way round
 parameter_attention  attention to learned pairs, a projection whose weights can grow
@@ -58,6 +59,19 @@ from lamina.nn.hopfield_blocks import HopfieldEncoderLayer as HopfieldEncoderLay
 from lamina.nn.hopfield_memory import HopfieldMemory as HopfieldMemory
 from lamina.nn.hopfield_pooling import HopfieldLayer as HopfieldLayer
 from lamina.nn.hopfield_pooling import HopfieldPooling as HopfieldPooling
+from lamina.nn.hyper_convolution.block import SFNEBlock as SFNEBlock
+from lamina.nn.hyper_convolution.convolution import CoordinateConv2d as CoordinateConv2d
+from lamina.nn.hyper_convolution.convolution import depthwise_convolution as depthwise_convolution
+from lamina.nn.hyper_convolution.convolution import prefers_fft as prefers_fft
+from lamina.nn.hyper_convolution.coordinate_kernel import CoordinateKernel as CoordinateKernel
+from lamina.nn.hyper_convolution.gates import HyperChannelInteraction as HyperChannelInteraction
+from lamina.nn.hyper_convolution.gates import HyperInteraction as HyperInteraction
+from lamina.nn.hyper_convolution.gates import RecursiveGatedUnit as RecursiveGatedUnit
+from lamina.nn.hyper_convolution.global_product import HyperZZWGlobal as HyperZZWGlobal
+from lamina.nn.hyper_convolution.global_product import global_product as global_product
+from lamina.nn.hyper_convolution.global_product import slow_kernel_distance as slow_kernel_distance
+from lamina.nn.hyper_convolution.group_norm import GroupInstanceBatchNorm as GroupInstanceBatchNorm
+from lamina.nn.hyper_convolution.local import HyperZZWLocal as HyperZZWLocal
 from lamina.nn.hypercomplex import PHConv1d as PHConv1d
 from lamina.nn.hypercomplex import PHConv2d as PHConv2d
 from lamina.nn.hypercomplex import PHConv3d as PHConv3d

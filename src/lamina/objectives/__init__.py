@@ -8,6 +8,7 @@ supervised    next token, masked token, classification, regression
 distillation  follow a teacher's logits and hidden states
 masked_marginals  what was hidden of a Boltzmann machine's variables
 prototype     the four terms of a prototype network; the two penalties beside any objective
+slow_kernels  let the slow kernels of a network's blocks agree
 relative_lp   error of fields relative to the target; relative_sobolev: with their derivatives
 solver_cost   what a step costs the solvers of neural ODEs and SDEs: local, and global
 """
@@ -24,6 +25,7 @@ from lamina.objectives.prototype import PrototypeObjective as PrototypeObjective
 from lamina.objectives.prototype import PrototypePenalties as PrototypePenalties
 from lamina.objectives.relative_error import RelativeLp as RelativeLp
 from lamina.objectives.relative_error import RelativeSobolev as RelativeSobolev
+from lamina.objectives.slow_kernels import SlowNeuralLoss as SlowNeuralLoss
 from lamina.objectives.solver_cost import GlobalSolverCost as GlobalSolverCost
 from lamina.objectives.solver_cost import LocalSolverCost as LocalSolverCost
 from lamina.objectives.supervised import Classification as Classification

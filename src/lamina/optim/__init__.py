@@ -3,6 +3,7 @@
 lamb, lars  layer-wise adaptive rates for large batches
 schedule    multipliers as functions of the fraction of training
 groups      what is decayed and adapted, and what is not
+kar         steps made of signs: of the gradient and its running means
 carry       the optimizer follows a rewritten model
 torch_parts torch's own optimizers under short names
 """
@@ -11,6 +12,8 @@ from lamina.optim import torch_parts as torch_parts
 from lamina.optim.carry import Carried as Carried
 from lamina.optim.carry import carry as carry
 from lamina.optim.groups import parameter_groups as parameter_groups
+from lamina.optim.kar import Kar2 as Kar2
+from lamina.optim.kar import Kar3 as Kar3
 from lamina.optim.lamb import LAMB as LAMB
 from lamina.optim.lars import LARS as LARS
 from lamina.optim.schedule import constant as constant

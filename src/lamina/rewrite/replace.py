@@ -21,6 +21,7 @@ from lamina.batches import Batch
 from lamina.errors import AnatomyError, LaminaError, RecipeError, nearest
 from lamina.lineage import Lineage
 from lamina.registry import register
+from lamina.rewrite import _replace_coordinate_conv as _replace_coordinate_conv
 from lamina.rewrite import _replace_equilibrium as _replace_equilibrium
 from lamina.rewrite import _replace_evonorm as _replace_evonorm
 from lamina.rewrite import _replace_fourier_head as _replace_fourier_head
