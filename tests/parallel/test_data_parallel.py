@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tests.train.tiny import DropLast, Net, WidenClasses, data, net, numbers, trainer
 from torch import nn
 
-from lamina.errors import PlanError
+from lamina.errors import LaminaError, PlanError
 from lamina.gradients import Mean, Median
 from lamina.models import Transformer
 from lamina.nn import Pattention
@@ -155,6 +155,8 @@ def facts(rank: int, folder: Path) -> None:
     units = sum(1 for m in sharded.modules() if type(m).__name__.startswith("FSDP"))
     with pytest.raises(PlanError, match="sharded already"):
         data_parallel.shard(sharded, mesh)
+    with pytest.raises(LaminaError, match=r"blocks.0 is sharded: take the model back first"):
+        GrowParameterTokens(2.0).decide(data_parallel.shard(Paired(), mesh))
     (folder / f"facts-{rank}").write_text(f"{local / whole} {units}")
 
 

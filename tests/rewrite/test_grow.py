@@ -15,6 +15,7 @@ from lamina.errors import AnatomyError, LaminaError
 from lamina.models import TokenFormer, Transformer
 from lamina.nn import Pattention
 from lamina.optim import LAMB, parameter_groups
+from lamina.recipe import build
 from lamina.rewrite import GrowParameterTokens, GrowParameterTokensRandom, Replace, history, replay, rewrite
 
 
@@ -177,6 +178,9 @@ def test_counts_factors_patterns_and_the_decision() -> None:
     grown = rewrite(model, one)
     assert "blocks.0.mixer.key: 5 -> 10 pairs" in decision.table()
     assert GrowParameterTokens(1.1).decide(grown).layers["blocks.0.mixer.key"].after == 11
+    # A recipe tells a factor from a count by the decimal point.
+    kinds = [type(build({"name": "grow_parameter_tokens", "pairs": p}, "pass").pairs) for p in (3.0, 30, {"*": 3.0})]
+    assert kinds == [float, int, dict]
     stored = json.loads(json.dumps(history(grown)[0].decision))
     assert stored["layers"]["blocks.1.feed_forward"] == {"before": 9, "after": 10}
     assert stored["value_std"] is None
