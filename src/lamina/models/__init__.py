@@ -2,6 +2,8 @@
 
 transformer         encoder or decoder with slots for mixer, norm and feed-forward
 wide_transformer    the same heads in few layers or in many: the aspect ratio as one knob
+pair_classifier     one encoder reads two sequences, and their relation is told
+wide_transformer    the same heads in few layers or in many: the aspect ratio as one knob
 vision_transformer  ViT
 resnet              small and standard ResNets
 metaformer          the MetaFormer template and PoolFormer's sizes
@@ -55,6 +57,7 @@ from lamina.models.neural_operator import mgno_helmholtz as mgno_helmholtz
 from lamina.models.neural_operator import mgno_navier_stokes as mgno_navier_stokes
 from lamina.models.neural_operator import mgno_pipe as mgno_pipe
 from lamina.models.neural_operator import rollout as rollout
+from lamina.models.pair_classifier import PairClassifier as PairClassifier
 from lamina.models.prototype_explanation import Explanation as Explanation
 from lamina.models.prototype_explanation import NearestTraining as NearestTraining
 from lamina.models.prototype_explanation import explain_prototypes as explain_prototypes

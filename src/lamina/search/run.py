@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from lamina.errors import LaminaError
 from lamina.recipe import Recipe, build, check, dump, objectives
 from lamina.search import report
 from lamina.search.measure import latency, logged, peak_bytes, rows_of
-from lamina.search.space import Point, points
+from lamina.search.space import Point
 from lamina.search.trial import Trial
 from lamina.train.metrics import Metrics, read
 from lamina.train.outcome import Run, count
@@ -47,16 +46,12 @@ def search(
     recipe, chooser = check(recipe), build(algorithm, "algorithm")
     if trials is not None and trials < 1:
         raise LaminaError(f"a search has at least one trial, got {trials}")
-    for point in points(recipe) if algorithm == "sweep" else ():
-        check(point.recipe, choices_allowed=False)
     path = Path("runs", f"{_stem(recipe)}-search") if folder is None else Path(folder)
-    _keep_space(recipe, path)
-    results = Metrics(path / RESULTS)
-    done = [Trial(**row) for row in read(path / RESULTS)] if (path / RESULTS).exists() else []
-    while trials is None or len(done) < trials:
-        point = chooser.propose(recipe, done)
-        if point is None:
-            break
+    _refuse_another(recipe, path)
+    results, done = Metrics(path / RESULTS), load(path)
+    while (trials is None or len(done) < trials) and (point := chooser.propose(recipe, done)) is not None:
+        # Only now: a space that cannot be searched leaves nothing behind.
+        _keep_space(recipe, path)
         done.append(run_trial(point, len(done), path / TRIALS / f"{len(done):03d}"))
         results.append(asdict(done[-1]))
     report.show(done, report.write(path, done))
@@ -98,25 +93,22 @@ def _stem(recipe: Recipe) -> str:
     return Path(next(places, "")).stem or "recipe"
 
 
-def _keep_space(recipe: Recipe, folder: Path) -> None:
-    """Write the space into the folder, or see that the one there is the same.
+def _refuse_another(recipe: Recipe, folder: Path) -> None:
+    kept = folder / RECIPE
+    if kept.exists() and kept.read_text(encoding="utf-8") != dump(recipe):
+        raise LaminaError(f"{kept} is another search space: choose another folder with --folder, or remove that one")
 
-    Raises:
-        LaminaError: another one is there.
-    """
-    kept, text = folder / RECIPE, dump(recipe)
-    if kept.exists():
-        if kept.read_text(encoding="utf-8") != text:
-            raise LaminaError(
-                f"{kept} is another search space: choose another folder with --folder, or remove that one"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_name(f".{kept.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(kept)
+
+def _keep_space(recipe: Recipe, folder: Path) -> None:
+    kept = folder / RECIPE
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.name}.partial")
+        aside.write_text(dump(recipe), encoding="utf-8")
+        aside.replace(kept)
 
 
 def load(folder: str | Path) -> list[Trial]:
-    """Read the trials of a search that was run."""
-    return [Trial(**json.loads(line)) for line in (Path(folder) / RESULTS).read_text(encoding="utf-8").splitlines()]
+    """Read the trials of a search that was run, or begun; none where there is none."""
+    path = Path(folder) / RESULTS
+    return [Trial(**row) for row in read(path)] if path.exists() else []
