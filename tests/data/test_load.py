@@ -14,7 +14,8 @@ from lamina.errors import LaminaError
 from lamina.registry import find, names
 
 MODULES = "flows hugging_face images named pde sentences series tabular text tokens".split()
-AUGMENTED = {"elastically_deformed"}
+MODULES += "cortical_thickness image_moments views volumes".split()
+AUGMENTED = {"augmented_views", "elastically_deformed", "volumes"}
 """Training rows of these depend on the batch they are in: the same batch again is the same, another order is not."""
 BY_NAME: dict[str, Example] = {}
 for _module in MODULES:

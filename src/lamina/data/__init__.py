@@ -1,6 +1,7 @@
 """Data sets and the loader whose position is part of a checkpoint."""
 
 from lamina.data._at_hand import noting_files as noting_files
+from lamina.data.cortical_thickness import cortical_thickness as cortical_thickness
 from lamina.data.digit_images import digit_images as digit_images
 from lamina.data.examples import Columns as Columns
 from lamina.data.examples import Data as Data
@@ -10,6 +11,8 @@ from lamina.data.graphs import Graph as Graph
 from lamina.data.graphs import cora as cora
 from lamina.data.hugging_face import from_datasets as from_datasets
 from lamina.data.hugging_face import hugging_face as hugging_face
+from lamina.data.image_moments import image_moments as image_moments
+from lamina.data.image_moments import with_moments as with_moments
 from lamina.data.images import Images as Images
 from lamina.data.images import elastic_deformation as elastic_deformation
 from lamina.data.images import elastically_deformed as elastically_deformed
@@ -28,6 +31,8 @@ from lamina.data.named import tiny_shakespeare as tiny_shakespeare
 from lamina.data.named import uci as uci
 from lamina.data.named import wikitext as wikitext
 from lamina.data.pde import pde as pde
+from lamina.data.phantoms import Phantoms as Phantoms
+from lamina.data.phantoms import phantoms as phantoms
 from lamina.data.sentence_pairs import SentencePairs as SentencePairs
 from lamina.data.sentence_pairs import sentence_pairs as sentence_pairs
 from lamina.data.sentences import from_texts as from_texts
@@ -43,3 +48,11 @@ from lamina.data.tokens import from_tokens as from_tokens
 from lamina.data.tokens import tokenized_text as tokenized_text
 from lamina.data.tokens import tokens as tokens
 from lamina.data.verb import load as load
+from lamina.data.views import augmented_views as augmented_views
+from lamina.data.views import cutout as cutout
+from lamina.data.views import shifted_crop as shifted_crop
+from lamina.data.views import views_of as views_of
+from lamina.data.volumes import VolumeFiles as VolumeFiles
+from lamina.data.volumes import read_volume as read_volume
+from lamina.data.volumes import standardized as standardized
+from lamina.data.volumes import volumes as volumes

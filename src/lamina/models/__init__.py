@@ -6,6 +6,7 @@ pair_classifier     one encoder reads two sequences, and their relation is told
 wide_transformer    the same heads in few layers or in many: the aspect ratio as one knob
 vision_transformer  ViT
 resnet              small and standard ResNets
+volume_encoder      ResNets on volumes, as AnatCL has them
 metaformer          the MetaFormer template and PoolFormer's sizes
 raft_mlp            RaftMLP's sizes and MLP-Mixer: all-MLP backbones
 tokenformer         TokenFormer's sizes and TokenFormerViT: weights that can be added to
@@ -91,5 +92,11 @@ from lamina.models.vision_transformer import VisionTransformer as VisionTransfor
 from lamina.models.vision_transformer import deit_base as deit_base
 from lamina.models.vision_transformer import deit_small as deit_small
 from lamina.models.vision_transformer import deit_tiny as deit_tiny
+from lamina.models.volume_encoder import VolumeEncoder as VolumeEncoder
+from lamina.models.volume_encoder import load_anatcl as load_anatcl
+from lamina.models.volume_encoder import resnet3d_18 as resnet3d_18
+from lamina.models.volume_encoder import resnet3d_34 as resnet3d_34
+from lamina.models.volume_encoder import resnet3d_50 as resnet3d_50
+from lamina.models.volume_encoder import resnet3d_101 as resnet3d_101
 from lamina.models.wide_transformer import aspect_ratios as aspect_ratios
 from lamina.models.wide_transformer import wide_transformer as wide_transformer

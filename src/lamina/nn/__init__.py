@@ -21,6 +21,7 @@ multigrid       a linear map over a whole grid as a V-cycle of small convolution
 ode             neural ODEs and SDEs, and what a step of their solvers would cost
 patch_embedding  patches of a map, with wider views beside them
 progressive_norm  layer norm that ends as batch norm (PRepBN), and batch norm with a skip (RepBN)
+projection      the network between features and a contrastive loss
 prototype       distances to learned prototypes; a head that decides by them
 raft_mixer      MLPs over columns and rows of a map, or over all of it; resize_token_mixing: at any size
 random_feature_attention  frozen random heads over a set, values in closed form; random_feature_mlp: without the set
@@ -129,6 +130,7 @@ from lamina.nn.pooling_mixer import RandomMixer as RandomMixer
 from lamina.nn.pooling_mixer import SpatialLinearMixer as SpatialLinearMixer
 from lamina.nn.progressive_norm import PRepBN as PRepBN
 from lamina.nn.progressive_norm import RepBN as RepBN
+from lamina.nn.projection import ProjectionHead as ProjectionHead
 from lamina.nn.prototype import PrototypeHead as PrototypeHead
 from lamina.nn.prototype import PrototypeLayer as PrototypeLayer
 from lamina.nn.prototype import prototype_penalties as prototype_penalties

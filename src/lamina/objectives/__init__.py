@@ -8,11 +8,14 @@ supervised    next token, masked token, classification, regression
 distillation  follow a teacher's logits and hidden states
 masked_marginals  what was hidden of a Boltzmann machine's variables
 prototype     the four terms of a prototype network; the two penalties beside any objective
+contrastive   features alike where rows are alike by what is known of them; similarity: how alike that is
 slow_kernels  let the slow kernels of a network's blocks agree
 relative_lp   error of fields relative to the target; relative_sobolev: with their derivatives
 solver_cost   what a step costs the solvers of neural ODEs and SDEs: local, and global
 """
 
+from lamina.objectives.contrastive import WeightedContrastive as WeightedContrastive
+from lamina.objectives.contrastive import weighted_contrastive_loss as weighted_contrastive_loss
 from lamina.objectives.distillation import Distillation as Distillation
 from lamina.objectives.evidence_bound import EvidenceBound as EvidenceBound
 from lamina.objectives.fourier_smoothness import FourierSmoothness as FourierSmoothness
@@ -25,6 +28,10 @@ from lamina.objectives.prototype import PrototypeObjective as PrototypeObjective
 from lamina.objectives.prototype import PrototypePenalties as PrototypePenalties
 from lamina.objectives.relative_error import RelativeLp as RelativeLp
 from lamina.objectives.relative_error import RelativeSobolev as RelativeSobolev
+from lamina.objectives.similarity import anatomical as anatomical
+from lamina.objectives.similarity import cauchy as cauchy
+from lamina.objectives.similarity import gaussian as gaussian
+from lamina.objectives.similarity import rbf as rbf
 from lamina.objectives.slow_kernels import SlowNeuralLoss as SlowNeuralLoss
 from lamina.objectives.solver_cost import GlobalSolverCost as GlobalSolverCost
 from lamina.objectives.solver_cost import LocalSolverCost as LocalSolverCost
