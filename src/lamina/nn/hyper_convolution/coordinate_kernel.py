@@ -112,7 +112,7 @@ class CoordinateKernel(nn.Module):
         waves = torch.sin(_linear(points, self.waves))[None].chunk(self.layers + 1, dim=-1)
         z = waves[0]
         for i, mix in enumerate(self.mixes):
-            z = waves[i + 1] * _linear(z, mix) + bias
+            z = torch.addcmul(bias, waves[i + 1], _linear(z, mix))
             if context is not None:
                 z = renormalize(z) * _linear(context, self.contexts[i])
         return z

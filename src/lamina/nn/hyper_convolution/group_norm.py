@@ -58,12 +58,15 @@ class GroupInstanceBatchNorm(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.width or not x.is_floating_point():
             what = f"takes floating-point maps (B, {self.width}, H, W), got {x.dtype} {tuple(x.shape)}"
             raise ShapeError(f"GroupInstanceBatchNorm {what}")
-        maps = x.unflatten(1, (self.groups, -1))
-        even = self._over_the_batch(maps[:, ::2].flatten(1, 2))
         if self.groups == 1:
-            return even
-        odd = instance_standardize(maps[:, 1::2].flatten(1, 2))
+            return self._over_the_batch(x)
         share = self.width // self.groups
+        maps, count = x.unflatten(1, (self.groups, share)), self.groups // 2 * 2
+        # Unbound, not sliced twice: the gradient of a slice is a whole map of zeros.
+        even, odd = (part.flatten(1, 2) for part in maps[:, :count].unflatten(1, (-1, 2)).unbind(2))
+        if count < self.groups:
+            even = torch.cat((even, maps[:, -1]), dim=1)
+        even, odd = self._over_the_batch(even), instance_standardize(odd)
         return interleaved(even.unflatten(1, (-1, share)), odd.unflatten(1, (-1, share))).flatten(1, 2)
 
     def _over_the_batch(self, x: Tensor) -> Tensor:
