@@ -200,7 +200,7 @@ def test_new_values_are_drawn_by_seed_and_path_with_the_deviation_of_the_old() -
     one, same, other, wide = values(), values(), values(seed=1), values(value_std=3.0)
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one[0], other[0])
-    assert not torch.equal(one[0], one[1])
+    assert not torch.equal(wide[0], wide[1])
     first: Any = next(m for m in make(width=64).modules() if isinstance(m, Pattention))
     assert one[0].std().item() == pytest.approx(first.value.std(correction=0).item(), rel=0.05)
     assert wide[0].std().item() == pytest.approx(3.0, rel=0.05)
