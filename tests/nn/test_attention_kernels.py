@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from lamina import io
 from lamina.errors import LaminaError, RecipeError, ShapeError
 from lamina.models import Transformer
 from lamina.nn.attention import Attention
-from lamina.nn.attention_kernels import KERNELS, make_kernel, written_out
+from lamina.nn.attention_kernels import KERNELS, KernelName, make_kernel, written_out
 from lamina.nn.attention_kernels.bigbird import BigBirdKernel, draw_blocks
 from lamina.nn.attention_kernels.features import PerformerKernel, by_features, orthogonal
 from lamina.nn.attention_kernels.linformer import LinformerKernel
@@ -369,6 +369,11 @@ BAD: list[tuple[Callable[[], object], type[LaminaError], str]] = [
     (lambda: make("sinkhorn")(*qkv(65)), ShapeError, "sorts 16 blocks"),
     (lambda: make("synthesizer")(*qkv(64)), ShapeError, "63 tokens, got 64"),
 ]
+
+
+def test_every_kernel_has_its_name_in_the_option() -> None:
+    assert set(get_args(KernelName)) == {*KERNELS, "softmax"}
+    assert Attention(8, 2, kernel="softmax").kernel is None
 
 
 @pytest.mark.parametrize(("act", "error", "sentence"), BAD)

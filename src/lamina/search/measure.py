@@ -93,9 +93,11 @@ class _Live(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.known:
+            if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                reference = StorageWeakRef(storage)
+                if reference.cdata not in self.known:
+                    self.alive[reference.cdata] = reference, storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return out
 
