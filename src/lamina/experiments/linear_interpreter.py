@@ -26,7 +26,7 @@ the leading singular images; and the time of one probe over that of a plain pass
 What was found: reproduced. With biases 26 to 39 points of accuracy go when r is taken away (r alone is right for 11 to
 35 %), and r is 30 to 42 % of the winning logit; without biases nothing goes. The super-resolution net (0.5 dB above
 bicubic) has columns as local as expected (97 % of the energy within 9 x 9) and rows that sum to about 1 on average,
-though single ones in dark places are as far off as 0.06: there biases make the pixel. Its leading singular images
+though the furthest of a run were 0.06 to 1.31. Its leading singular images
 oscillate (0.6 cycles a pixel). That rows are longer along edges than in flat places (expected: above 1.5 and below 1.3)
 was not found: the axes are 1.3 to 1 in both. The seconds of a probe were taken on a busy machine; `benchmarks/` has
 them paired.
