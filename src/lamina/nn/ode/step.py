@@ -38,12 +38,12 @@ def rk_step(func: VectorField, u: Tensor, t: Tensor, h: Tensor, k1: Tensor, tabl
 
     Six evaluations of func, with gradients to whatever takes part.
     """
-    weights = rows(tableau, u.dtype, u.device)
+    weights = [h * row for row in rows(tableau, u.dtype, u.device)]
     stages, at = [k1], u
     for node, row in zip(tableau.nodes, weights, strict=False):
-        before, at = at, u + h * _mix(row, stages)
+        before, at = at, _add(u, row, stages)
         stages.append(func(t + node * h, at))
-    return Step(at, h * _mix(weights[-2], stages), tuple(stages), before)
+    return Step(at, _add(torch.zeros_like(u), weights[-2], stages), tuple(stages), before)
 
 
 def inside(step: Step, u: Tensor, h: Tensor, fraction: float, tableau: Tableau) -> Tensor:
@@ -51,7 +51,7 @@ def inside(step: Step, u: Tensor, h: Tensor, fraction: float, tableau: Tableau) 
 
     Source: Shampine, Some practical Runge-Kutta formulas (1986); the dense output of torchdiffeq.
     """
-    middle = u + h * _mix(rows(tableau, u.dtype, u.device)[-1], step.stages)
+    middle = _add(u, h * rows(tableau, u.dtype, u.device)[-1], step.stages)
     first, last = h * step.stages[0], h * step.stages[-1]
     c4 = 2 * (last - first) - 8 * (step.end + u) + 16 * middle
     c3 = 5 * first - 3 * last + 18 * u + 14 * step.end - 32 * middle
@@ -211,8 +211,8 @@ def _one_step(
     return u, size, rk_step(func, u, start, size, k1, tableau)
 
 
-def _mix(weights: Tensor, stages: Sequence[Tensor]) -> Tensor:
-    """Weighted sum of stages."""
+def _add(u: Tensor, weights: Tensor, stages: Sequence[Tensor]) -> Tensor:
+    """Add the weighted sum of stages to u, in two operations whatever their number."""
     if len(stages) == 1:
-        return weights[0] * stages[0]
-    return (weights @ torch.stack([k.reshape(-1) for k in stages])).view_as(stages[0])
+        return torch.addcmul(u, weights[0], stages[0])
+    return torch.addmv(u.reshape(-1), torch.stack([k.reshape(-1) for k in stages]).T, weights).view_as(u)
