@@ -244,7 +244,7 @@ def _growth(path: str, layer: Pattention, wanted: int | float) -> Growth:
         )
     if layer.scale.numel() != 1 or not (layer.scale.is_meta or 0.0 < float(layer.scale) < math.inf):
         raise AnatomyError(f"{where}: the scale must be one positive number, it is {layer.scale}")
-    # 1.1 * 10 is 11.000000000000002.
+    # 50 * 1.1 is 55.00000000000001.
     after = wanted if isinstance(wanted, int) else math.ceil(round(layer.pairs * wanted, 6))
     if after < layer.pairs:
         hint = f" (for a factor write {float(wanted)})" if isinstance(wanted, int) else ""
