@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tests.contract.example import Example
 from torch import Tensor, nn
@@ -376,58 +375,3 @@ def test_bad_input_is_met_with_a_sentence(call: Any, sentence: str) -> None:
 def test_rows_that_are_not_of_length_1_are_told_of() -> None:
     with pytest.warns(UserWarning, match="the rows of z are not of length 1"):
         weighted_contrastive_loss(2 * features(3, 4), torch.ones(3, 3))
-
-
-def shared(rank: int | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Seven subjects in two views, one of them like no other; of a rank, its unequal share."""
-    batch = subjects(7)
-    batch["inputs"] = torch.stack([batch["inputs"], batch["inputs"].flip(1)], dim=1)
-    batch["age"][3] = torch.nan
-    cut = {None: slice(None), 0: slice(0, 2), 1: slice(2, 7)}[rank]
-    return encoder(), {k: v[cut] for k, v in batch.items()}
-
-
-def pretraining(mode: str, **options: Any) -> WeightedContrastive:
-    torch.manual_seed(5)
-    return WeightedContrastive([AGE | {"missing": "drop"}, PSI], mode, head=ProjectionHead(3, 4), **options)  # type: ignore[arg-type]
-
-
-def flat(*modules: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None])
-
-
-def _worker(rank: int, place: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
-    for mode in MODES:
-        net, mine = shared(rank)
-        objective = pretraining(mode)
-        found = objective(net, mine)
-        (found["loss"] * found["count"] / 7).backward()
-        gradients = flat(net, objective)
-        loss = found["loss"].detach() * found["count"] / 7
-        for tensor in (gradients, loss):
-            dist.all_reduce(tensor)
-        with torch.no_grad():
-            alone = objective(net, mine)["loss"]
-        local = pretraining(mode, gather=False)(net, mine)["loss"].detach()
-        results[rank, mode] = (loss, gradients, alone, local, found["loss"].detach())
-    dist.destroy_process_group()
-
-
-@pytest.mark.distributed
-def test_over_two_processes_it_is_the_loss_and_gradient_of_the_whole_batch(tmp_path: Any) -> None:
-    manager = torch.multiprocessing.get_context("spawn").Manager()
-    results = manager.dict()
-    torch.multiprocessing.spawn(_worker, args=(str(tmp_path / "rendezvous"), results), nprocs=2)
-    for mode in MODES:
-        net, batch = shared()
-        objective = pretraining(mode)
-        whole = objective(net, batch)["loss"]
-        whole.backward()
-        for rank in range(2):
-            loss, gradients, alone, local, own = results[rank, mode]
-            torch.testing.assert_close(loss, whole.detach())
-            torch.testing.assert_close(gradients, flat(net, objective), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(alone, local)
-            assert not torch.allclose(own, local)

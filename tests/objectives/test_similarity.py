@@ -40,9 +40,16 @@ def test_anatomical_is_the_mean_of_cosines_pair_by_pair(by: str, map: str) -> No
 
 
 def test_many_regions_are_compared_in_parts_to_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = anatomical(psi(7, 9))
+    whole, compare, sizes = anatomical(psi(7, 9)), similarity._cosines, []
+
+    def noted(vectors: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(vectors))
+        return compare(vectors)
+
+    monkeypatch.setattr(similarity, "_cosines", noted)
     monkeypatch.setattr(similarity, "CHUNK", 100)
     torch.testing.assert_close(anatomical(psi(7, 9)), whole)
+    assert sizes == [2, 2, 2, 2, 1], "of 49 numbers a region, two regions are within a hundred"
 
 
 @pytest.mark.parametrize("by", ["region", "measure"])
