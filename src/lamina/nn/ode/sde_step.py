@@ -55,8 +55,8 @@ def euler_heun_step(
 
     Two evaluations of drift and three of diffusion.
 
-    Source: StochasticDiffEq.jl's `LambaEulerHeun`; Lamba, An adaptive timestepping algorithm for stochastic
-    differential equations (2003). The step itself is torchsde's `euler_heun`, in which the drift is taken once.
+    Source: An adaptive timestepping algorithm for stochastic differential equations (2003), as StochasticDiffEq.jl has
+    it. The step itself is torchsde's `euler_heun`, in which the drift is taken once.
     """
     k, g, root = drift(t, u), diffusion(t, u), h.sqrt()
     end = u + h * k + (g + diffusion(t + h, u + g * dw)) * dw / 2
