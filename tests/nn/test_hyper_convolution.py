@@ -103,7 +103,7 @@ def test_what_cannot_be_convolved_is_refused() -> None:
 GEOMETRIES: list[dict[str, Any]] = [
     {"kernel_size": 3, "padding": 1},
     {"kernel_size": (1, 5), "stride": 2, "dilation": (1, 2), "bias": False},
-    {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "groups": 2},
+    {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect", "groups": 2},
     {"kernel_size": (2, 3), "padding": "same", "padding_mode": "circular"},
     {"kernel_size": 3, "padding": "same", "groups": 4},
     {"kernel_size": 13, "padding": 6, "groups": 4},
@@ -129,6 +129,14 @@ def test_it_is_torchs_convolution_by_the_kernel_and_back(geometry: dict[str, Any
     half = layer.bfloat16()(x.bfloat16())
     assert half.dtype is torch.bfloat16
     assert (half.float() - plain(x)).abs().max() < 0.05 * plain(x).abs().max()
+
+
+def test_nine_points_are_met_by_eight_features_and_a_bias() -> None:
+    torch.manual_seed(0)
+    layer, wanted = CoordinateConv2d(2, 3, 3, hidden=8), numbers(3, 2, 3, 3)
+    assert layer.load_weight(wanted) < 1e-4
+    torch.testing.assert_close(layer.weight, wanted, rtol=1e-2, atol=1e-2)
+    assert CoordinateConv2d(2, 3, 3, hidden=2).load_weight(wanted) > 0.1
 
 
 def test_a_larger_kernel_is_the_same_function_and_maps_stay_aligned() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tests.contract.example import Example
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lamina.errors import RecipeError, ShapeError
 from lamina.models import MetaFormer
@@ -300,3 +304,31 @@ def test_what_cannot_be_is_refused_in_a_sentence() -> None:
     for wrong in ({"dropout": 1.0}, {"bottleneck": 0}):
         with pytest.raises(ShapeError, match="at least"):
             SFNEBlock(**{"width": 4, "bottleneck": 3, "size": 4} | wrong)
+
+
+def _half(rank: int, file: str, queue: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    block, x = seeded(SFNEBlock, 2, 2, 4, groups=2, local_kernels=(3, 5, 3, 3), sync=True), maps(6, 2, 4, 4)
+    wrapped = DistributedDataParallel(block)
+    wrapped(x[3 * rank : 3 * rank + 3]).square().mean().backward()
+    queue.put((rank, [p.grad.tolist() for p in block.parameters() if p.grad is not None]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # Two processes; the norm's statistics over processes are in the contract of the objective.
+@pytest.mark.distributed
+def test_two_processes_with_synchronised_means_are_one(tmp_path: Path) -> None:
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_half, args=(r, tmp_path / "store", queue)) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(queue.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(20)
+    whole = seeded(SFNEBlock, 2, 2, 4, groups=2, local_kernels=(3, 5, 3, 3))
+    whole(maps(6, 2, 4, 4)).square().mean().backward()
+    for rank in range(2):
+        for p, gradient in zip(whole.parameters(), found[rank], strict=True):
+            torch.testing.assert_close(torch.tensor(gradient), p.grad, rtol=1e-3, atol=1e-5)

@@ -200,17 +200,17 @@ def depthwise_convolution(x: Tensor, kernel: Tensor, path: Path = "auto") -> Ten
 
 
 def prefers_fft(size: Size, kernel_size: Size, device: str = "cpu", *, learns: bool = False) -> bool:
-    """Whether depthwise convolution is faster by FFT for maps and kernels of these sizes, as measured.
+    """Whether depthwise convolution is faster by FFT for maps and kernels of these sizes.
 
     On CPU torch has a fast way up to 9 points a side, whose backward pass loses to the FFT from maps of 32 on; above 9
-    the FFT is 2 to 20 times as fast, whatever the map. Elsewhere: where the products are more than about four times
-    the FFT's n log n.
+    the FFT is 2 to 20 times as fast, whatever the map. On other devices nothing was measured: there the FFT is taken
+    where the products are more than four times its n log n.
     """
     sizes = (size,) if isinstance(size, int) else tuple(size)
     kernels = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
     if device == "cpu":
         return max(kernels) > 9 or (learns and min(kernels) == 9 and min(sizes) >= 32)
-    padded = math.prod(fast_length(n + k - 1) for n, k in zip(sizes, kernels, strict=True))
+    padded = math.prod(fast_length(n + k // 2) for n, k in zip(sizes, kernels, strict=True))
     return math.prod(sizes) * math.prod(kernels) > 4 * padded * math.log2(padded)
 
 
@@ -244,7 +244,9 @@ def _like(kernel: Tensor, x: Tensor) -> Tensor:
 def _by_fft(x: Tensor, kernel: Tensor) -> Tensor:
     dims = x.dim() - 2
     sizes, halves = x.shape[2:], [k // 2 for k in kernel.shape[-dims:]]
-    lengths = [fast_length(n + 2 * half) for n, half in zip(sizes, halves, strict=True)]
+    # The zeros in front serve the end as well, for the transform is of a circle; what of a kernel is longer than that
+    # meets no cell of the map.
+    lengths = [fast_length(n + half) for n, half in zip(sizes, halves, strict=True)]
     over = tuple(range(-dims, 0))
     with without_autocast(x.device):
         shifted = F.pad(wide(x), [p for half in reversed(halves) for p in (half, 0)])
