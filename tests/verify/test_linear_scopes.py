@@ -190,8 +190,9 @@ def test_what_is_affine_is_its_own_map(function: Callable[[Tensor], Tensor]) -> 
 
 def write_into_a_buffer(x: Tensor) -> Tensor:
     room = torch.ones(1, 4, 5, 9).double()
-    room[..., 1:8] = x
+    # First through a view of what no probe has reached yet.
     room[..., 0].copy_(x[..., 0])
+    room[..., 1:8] = x
     return room
 
 
@@ -294,8 +295,8 @@ def test_the_gate_of_a_product() -> None:
         (lambda x: x * x.mean(2, keepdim=True), u * x0.mean(2, keepdim=True)),
         (lambda x: x.mean(1, keepdim=True) * x, u * x0.mean(1, keepdim=True)),
         # Of equals what came straight from a unit, on either side.
-        (lambda x: x * x.sigmoid(), u * x0.sigmoid()),
-        (lambda x: torch.tanh(x) * x, u * x0.tanh()),
+        (lambda x: (x + A) * x.sigmoid(), u * x0.sigmoid()),
+        (lambda x: torch.tanh(x) * (x + A), u * x0.tanh()),
         # Else the first.
         (lambda x: (x + A) * (x * 2), (x0 + A) * (u * 2)),
         (lambda x: x * x, x0 * u),
