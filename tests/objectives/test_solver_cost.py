@@ -198,6 +198,7 @@ def test_the_global_cost_sums_every_accepted_step_with_its_gradient() -> None:
     with recording(net, None, keep_errors=True) as seen:
         net(data["inputs"])
     assert len(seen.errors) == solution.steps
+    torch.testing.assert_close(losses["regulariser"], torch.stack(seen.errors).sum().detach().float())
     grads = torch.autograd.grad(torch.stack(seen.errors[:-1]).sum(), list(block.parameters()), retain_graph=True)
     expected = torch.autograd.grad(total, list(block.parameters()))
     torch.testing.assert_close(torch.stack(seen.errors[:-1]).sum(), total, rtol=1e-6, atol=0.0)

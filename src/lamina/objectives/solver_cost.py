@@ -132,7 +132,7 @@ class LocalSolverCost(SolverCost):
         >>> model = nn.Sequential(NeuralODE(nn.Linear(4, 4)), nn.Linear(4, 2))
         >>> batch = {"inputs": torch.randn(3, 4), "labels": torch.tensor([0, 1, 1])}
         >>> sorted(LocalSolverCost()(model, batch))
-        ['accuracy', 'coefficient', 'count', 'loss', 'measure', 'nfe', 'regulariser', 'task', 'task.accuracy']
+        ['coefficient', 'count', 'loss', 'measure', 'nfe', 'regulariser', 'task', 'task.accuracy']
     """
 
     calls: Tensor
