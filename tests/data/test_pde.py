@@ -62,9 +62,10 @@ def test_a_solution_over_time_gives_steps(folder: Path) -> None:
         found = data.pde(name, 2)
         # 11 times are 10 steps, of which the last 2 are held out.
         assert (len(found.train), len(found.evaluation)) == (8, 2)
-        step = found.evaluation.batch(torch.tensor([0]))
-        assert torch.equal(step["inputs"][0, 0].double(), torch.from_numpy(LINE[:, 8]))
-        assert torch.equal(step["targets"][0, 0].double(), torch.from_numpy(LINE[:, 9]))
+        for part, start in ((found.train, 0), (found.evaluation, 8)):
+            step = part.batch(torch.tensor([0]))
+            assert torch.equal(step["inputs"][0, 0].double(), torch.from_numpy(LINE[:, start]))
+            assert torch.equal(step["targets"][0, 0].double(), torch.from_numpy(LINE[:, start + 1]))
         assert found.sizes == {"channels": 1, "image": (8,)}
 
 

@@ -1,6 +1,6 @@
 """Fields of a partial differential equation and their solutions: solved here, or read from a file.
 
-Source: He, Liu, Xu, MgNO (ICLR 2024), arXiv 2310.19809, section 5 (Darcy); Li et al. (2021), arXiv 2010.08895.
+Source: He, Liu, Xu, MgNO (ICLR 2024), arXiv 2310.19809 (Darcy); Li et al. (2021), arXiv 2010.08895.
 """
 
 from __future__ import annotations

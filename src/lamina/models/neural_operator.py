@@ -128,7 +128,7 @@ class MgNO(NeuralOperator):
         RecipeError: no such boundary, a norm over the grid without `grid`.
     Warns:
         UserWarning: once, where a trained model runs on another grid (not seen under torch.compile).
-    Source: section 3.1, equation 5; sizes: table 1 and the released settings.
+    Source: section 3; sizes: the released settings.
     Example:
         >>> MgNO(1, 1, width=8, depth=2)(torch.randn(2, 1, 32, 32)).shape
         torch.Size([2, 1, 32, 32])
@@ -303,19 +303,19 @@ def _check_sizes(**sizes: int) -> None:
 DARCY: Schedule = ((1, 0),) * 5 + ((2, 0),)
 
 
-@register("model", source=f"{SOURCE}, table 1")
+@register("model", source=f"{SOURCE}, released settings")
 def mgno_darcy_smooth(in_channels: int = 1, out_channels: int = 1, *, side: int = 211) -> MgNO:
     """MgNO for Darcy flow with smooth coefficients: 5 layers of width 24, 6 levels, 211 x 211 cells."""
     return MgNO(in_channels, out_channels, 24, 5, DARCY, grid=(side, side))
 
 
-@register("model", source=f"{SOURCE}, table 1")
+@register("model", source=f"{SOURCE}, released settings")
 def mgno_darcy_rough(in_channels: int = 1, out_channels: int = 1, *, side: int = 256) -> MgNO:
     """MgNO for Darcy flow with rough or multiscale coefficients: 4 layers of width 24, 6 levels, 256 x 256 cells."""
     return MgNO(in_channels, out_channels, 24, 4, DARCY, grid=(side, side))
 
 
-@register("model", source=f"{SOURCE}, table 2")
+@register("model", source=f"{SOURCE}, released settings")
 def mgno_navier_stokes(in_channels: int = 1, out_channels: int = 1, *, side: int = 64) -> MgNO:
     """MgNO for a step of two-dimensional Navier-Stokes: periodic, 5 layers of width 32, norms over 64 x 64 cells."""
     operator: dict[str, Any] = {"name": "multigrid_linear", "bias": True, "norm": "layer_norm"}
@@ -324,13 +324,13 @@ def mgno_navier_stokes(in_channels: int = 1, out_channels: int = 1, *, side: int
     return MgNO(in_channels, out_channels, 32, 5, schedule, operator=operator, grid=(side, side), **options)
 
 
-@register("model", source=f"{SOURCE}, table 3")
+@register("model", source=f"{SOURCE}, released settings")
 def mgno_pipe(in_channels: int = 2, out_channels: int = 1) -> MgNO:
     """MgNO for the flow through a pipe, from the places of its grid: 5 layers of width 24, 129 x 129 cells."""
     return MgNO(in_channels, out_channels, 24, 5, (*((1, 0),) * 4, (1, 1), (2, 0)))
 
 
-@register("model", source=f"{SOURCE}, table 4")
+@register("model", source=f"{SOURCE}, released settings")
 def mgno_helmholtz(in_channels: int = 1, out_channels: int = 1, *, side: int = 101) -> MgNO:
     """MgNO for the Helmholtz equation: 4 layers of width 20 whose levels widen, reflected, 101 x 101 cells.
 

@@ -26,7 +26,7 @@ Schedule = Sequence[tuple[int, int]]
 SCHEDULE: Schedule = ((1, 0), (1, 0), (1, 0), (2, 0))
 
 
-@register("layer", source=f"{SOURCE}, section 3.2 and algorithm 1")
+@register("layer", source=f"{SOURCE}, section 3")
 class MultigridLinear(nn.Module):
     """Linear map of fields that reaches the whole grid: a V-cycle whose operators are learned 3^dim convolutions.
 
@@ -48,12 +48,12 @@ class MultigridLinear(nn.Module):
         grid: sizes trained on. Picks the kernels of the way up: 3 along an axis whose size is odd, 4 where it is even;
             None = 4. For norms over the grid it is the only grid.
         widen: level j has (j + 1) times the channels.
-        pad_restriction: False = restriction without padding: n -> (n - 1) // 2 cells.
+        pad_restriction: False = restriction without padding, and so the way up: n -> (n - 1) // 2 cells.
     Raises:
         RecipeError: a norm over the grid without `grid`, an unknown padding.
         ShapeError: no step at the finest or coarsest level, sizes below 1, a grid too small; at the call, other
             channels, another number of axes, complex numbers or integers, another grid under a norm over it.
-    Source: section 3.2, algorithm 1. Deviation: the way up of circular and reflected fields is padded as they are (the
+    Source: section 3. Deviation: the way up of circular and reflected fields is padded as they are (the
         released code has zeros there), and one kernel serves any size, cropped (there the sizes are written out).
     Example:
         >>> MultigridLinear(1, 8, ((1, 0), (1, 1), (2, 0)))(torch.randn(2, 1, 16, 21)).shape

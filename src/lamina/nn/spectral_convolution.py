@@ -29,7 +29,7 @@ class SpectralConvolution(nn.Module):
         dim: axes of the grid, 1..3.
     Raises:
         ShapeError: sizes below 1; at the call, other channels or axes, complex numbers or integers.
-    Source: section 4, equation 5. The weights are held as pairs of real numbers, so that every optimizer takes them.
+    Source: section 4. The weights are held as pairs of real numbers, so that every optimizer takes them.
     Example:
         >>> SpectralConvolution(2, 4, modes=3)(torch.randn(1, 2, 16, 12)).shape
         torch.Size([1, 4, 16, 12])

@@ -1,6 +1,6 @@
 """Errors of fields relative to the target: in L^p, and in Sobolev norms, which count derivatives too.
 
-Source: He, Liu, Xu, MgNO (ICLR 2024), arXiv 2310.19809, section 4; Li et al. (2021), arXiv 2010.08895.
+Source: He, Liu, Xu, MgNO (ICLR 2024), arXiv 2310.19809; Li et al. (2021), arXiv 2010.08895.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Relative:
         return iter(())
 
 
-@register("objective", source="Li et al. 2021, arXiv 2010.08895, section 5")
+@register("objective", source="Li et al. 2021, arXiv 2010.08895")
 class RelativeLp(_Relative):
     """Relative error of fields, ||prediction - target||_p / ||target||_p, over channels and cells of each row.
 
@@ -80,7 +80,7 @@ class RelativeLp(_Relative):
         return torch.linalg.vector_norm(fields.flatten(1), self.p, dim=1)
 
 
-@register("objective", source="He, Liu & Xu 2024, arXiv 2310.19809, section 4 and released code")
+@register("objective", source="He, Liu & Xu 2024, arXiv 2310.19809, released code")
 class RelativeSobolev(_Relative):
     """Relative error of fields and their derivatives: in the norm of H^order, by frequencies.
 
@@ -93,7 +93,7 @@ class RelativeSobolev(_Relative):
             count.
     Raises:
         LaminaError: order not above 0, cutoff below 1. ShapeError: outputs and targets of different shapes.
-    Source: section 4, the released code's loss (`cutoff` 20, sum over the batch; here the mean, see `RelativeLp`).
+    Source: the released code's loss (`cutoff` 20, sum over the batch; here the mean, see `RelativeLp`).
     Example:
         >>> y = torch.ones(3, 1, 4, 4)
         >>> RelativeSobolev().loss(y, {"targets": y})["loss"]
