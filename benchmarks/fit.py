@@ -1,20 +1,13 @@
-"""FIT against a hand-written loop of the same products, and against full attention at 4k, 16k and 65k tokens.
+"""FIT against a hand-written loop of the same products; long sequences are in `benchmarks/fit_long.py`.
 
 The loop does what the card says with `F.linear`, `F.layer_norm` and `scaled_dot_product_attention` on the same weights,
-no modules in between: as many operations, so the ratio of times is the inverse of that of tokens a second. Memory is
-the growth of a process's peak over a training step of its own, `python -m benchmarks.fit NAME LENGTH`.
+no modules in between: as many operations, so the ratio of times is the inverse of that of tokens a second.
 
 Run: OMP_NUM_THREADS=1 python -m benchmarks fit
 """
 
 from __future__ import annotations
 
-import math
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Row, pair, write
-from lamina.models import FIT, FITAutoregressive, TransformerBlock
-from lamina.nn import Attention, FeedForward
+from lamina.models import FIT, FITAutoregressive
 
 SIZES: dict[str, Any] = {"token_width": 128, "latent_width": 192, "token_heads": 4, "latent_heads": 6}
-LENGTHS = (4096, 16384, 65536)
-WIDTH, HEADS, GROUP, LATENTS, LAYERS = 32, 2, 256, 16, "(1)1(1)1"
-LIMIT = 4 * 2**30
-"""Bytes that a training step may take in the search for the longest sequence."""
 
 State = dict[str, Tensor]
 
@@ -125,20 +113,6 @@ def training(model: Callable[[Tensor], Any], x: Tensor, owner: nn.Module) -> Cal
     return run
 
 
-def full_transformer() -> nn.Module:
-    def block() -> nn.Module:
-        attention = Attention(WIDTH, HEADS, bias=True)
-        return TransformerBlock(nn.LayerNorm(WIDTH), attention, nn.LayerNorm(WIDTH), FeedForward(WIDTH))
-
-    return nn.Sequential(*(block() for _ in range(4)))
-
-
-def long_fit(length: int, **options: Any) -> FIT:
-    # Nearer to the balance of local and global attention where it is far off.
-    group = GROUP if length <= LENGTHS[-1] else 2 * GROUP
-    return FIT(LAYERS, group, length // group, LATENTS, WIDTH, WIDTH, WIDTH, HEADS, HEADS, **options)
-
-
 def equal_work() -> list[Row]:
     """The same products, with modules and without."""
     rows, names, goal = [], ("fit", "hand-written loop, same weights"), "<= 1.0"
@@ -180,91 +154,11 @@ def generation() -> list[Row]:
     return [pair(what, *runs, names=names, goal="< 1.0", rounds=3, warmup=0)]
 
 
-def against_full_attention() -> list[Row]:
-    """Time and memory as sequences grow; four layers of width 32 each."""
-    rows, medians = [], []
-    names = (f"fit {LAYERS}, n = {GROUP}, m = {LATENTS}", "4 layers of full attention")
-    full = full_transformer().eval()
-    for length in LENGTHS:
-        x, fit = torch.randn(1, length, WIDTH), long_fit(length).eval()
-        # A forward pass of full attention over 65536 tokens takes a minute.
-        often = {"rounds": 2, "warmup": 0} if length > 20_000 else {"rounds": 5, "warmup": 1}
-        what = f"forward, {length} tokens, width {WIDTH}"
-        rows.append(pair(what, forward(fit, x), forward(full, x), names=names, goal="<= 0.33 at 16384", **often))
-        medians.append(rows[-1].milliseconds)
-    slopes = [slope([m[i] for m in medians]) for i in (0, 1)]
-    what = f"exponent of the time over {LENGTHS[0]}..{LENGTHS[-1]} tokens: {slopes[0]:.2f} against {slopes[1]:.2f}"
-    print(what, flush=True)
-    ratio = slopes[0] / slopes[1]
-    rows.append(Row(what, *names, ratio, (ratio, ratio), "4/3 against 2: 0.67", (0.0, 0.0)))
-    rows += [memory(length, ("fit", "full"), names) for length in LENGTHS[:2]]
-    return [*rows, memory(LENGTHS[2], ("recomputed", "fit"), ("fit, checkpoint=True", "fit"))]
-
-
-def slope(times: list[float]) -> float:
-    logs = [math.log(n) for n in LENGTHS], [math.log(t) for t in times]
-    return statistics.linear_regression(*logs).slope
-
-
-def memory(length: int, which: tuple[str, str], names: tuple[str, str]) -> Row:
-    ours, peer = (step_bytes(name, length)[0] / 1e6 for name in which)
-    what = f"memory of a training step, {length} tokens, width {WIDTH}"
-    print(f"{what}: {ours:.0f} and {peer:.0f} MB", flush=True)
-    return Row(what, *names, ours / peer, (ours / peer,) * 2, "reported", (0.0, 0.0), megabytes=(ours, peer))
-
-
-def longest() -> list[Row]:
-    """Double the sequence until a training step no longer fits into the limit."""
-    rows = []
-    for which, name in (("fit", "fit"), ("recomputed", "fit, checkpoint=True")):
-        length, size = 2**17, 0
-        # What fills more than half of it does not fit at twice the length.
-        while size <= LIMIT // 2:
-            length *= 2
-            size, seconds = step_bytes(which, length)
-            print(f"{name}: a step over {length} tokens takes {size / 1e6:.0f} MB, {seconds:.1f} s", flush=True)
-            if size <= LIMIT:
-                fitting = (length, size / 1e6, seconds)
-        what = f"longest sequence trained in 4 GiB (by doubling): {fitting[0]} tokens in {fitting[2]:.0f} s"
-        share = fitting[1] * 1e6 / LIMIT
-        sizes = (fitting[1], LIMIT / 1e6)
-        rows.append(Row(what, name, "4 GiB", share, (share, share), "reported", (0.0, 0.0), megabytes=sizes))
-    return rows
-
-
-def step_bytes(which: str, length: int) -> tuple[int, float]:
-    """Run a training step in a process of its own; return how far its peak grew, and how long it took."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fit", which, str(length)], capture_output=True, text=True, check=True
-    )
-    size, seconds = done.stdout.split()
-    return int(size), float(seconds)
-
-
-def one_step(which: str, length: int) -> None:
-    torch.set_num_threads(1)
-    model = full_transformer() if which == "full" else long_fit(length, checkpoint=which == "recomputed")
-    x = torch.randn(1, length, WIDTH)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    training(model, x, model)()
-    spent = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit, spent)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows: list[Row] = []
-    # The long ones last, and what is there is written down before them.
-    for part in (equal_work, generation, against_full_attention, longest):
-        rows += part()
-        write("fit", rows)
+    write("fit", [*equal_work(), *generation()])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        one_step(sys.argv[1], int(sys.argv[2]))
-    else:
-        main()
+    main()

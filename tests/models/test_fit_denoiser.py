@@ -109,6 +109,17 @@ def test_times_are_standardised_and_condition_and_time_reach_every_token() -> No
         assert ((other - base).abs().amax(-1) > 0).all()
 
 
+def test_options_leave_out_and_put_in_what_they_say() -> None:
+    names = {key: {n for n, _ in make(**{key: value}).named_parameters()} for key, value in (
+        ("dropout", 0.0), ("local_attention", False), ("cross_mlp", True), ("context_norm", False),
+    )}  # fmt: skip
+    plain = names["dropout"]
+    assert any(".local." in n and ".mixer." in n for n in plain)
+    assert not any(".local." in n and ".mixer." in n for n in names["local_attention"])
+    assert {n.split(".")[4] for n in names["cross_mlp"] - plain} == {"mlp"}
+    assert {n.split(".")[4] for n in plain - names["context_norm"]} == {"context_norm"}
+
+
 def test_padding_is_read_by_no_one() -> None:
     model, x = lively(make(pad_groups=True)), numbers(2, 9, 5)
     seen = (torch.arange(12) < 9).expand(2, -1).unflatten(1, (3, 4))
