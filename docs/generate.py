@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lamina import registry
 from lamina.experiments import evidence, methods
-from lamina.experiments.harness import figures, paper_figures
+from lamina.experiments.harness import figures, paper_figures, reported
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -96,9 +96,9 @@ def measured(method: methods.Method) -> list[str]:
             other = f"{base[name]:.4g}" if name in base else "-"
             claim = f"{paper[name]:g}" if name in paper else "-"
             lines.append(f"| {name} | {seed} | {value:.4g} | {other} | {claim} |")
-    if runs[0].extra:
+    if beside := reported(runs):
         lines += ["", "Reported beside the bar, mean over seeds:", "", "| figure | value |", "| --- | --- |"]
-        lines += [f"| {n} | {sum(r.extra[n] for r in runs) / len(runs):.4g} |" for n in runs[0].extra]
+        lines += [f"| {n} | {sum(values) / len(values):.4g} |" for n, values in beside.items()]
     if isinstance(runs[0].paper, str):
         lines += ["", f"The paper: {runs[0].paper}"]
     for title, picture in pictures(one.slug):

@@ -13,7 +13,9 @@ from lamina.data.cortical_thickness import FILE
 from lamina.errors import LaminaError
 
 COLUMNS = ["sub_id", "age", "sex", *(f"{s}_{r}_thickness" for s in ("lh", "rh") for r in ("insula", "cuneus", "MeanThickness")), "site"]  # fmt: skip  # noqa: E501
-ROWS = [[f"s{i}", 20 + i, i % 2, *(i * (k + 1) for k in range(6)), "ab"[i // 3]] for i in range(5)]
+ROWS = [
+    [f"s{i}", 20 + i, i % 2, *(i * (k + 1) if k < 3 else i * i + k for k in range(6)), "ab"[i // 3]] for i in range(5)
+]
 CSV = "\n".join(",".join(map(str, row)) for row in [COLUMNS, *ROWS]) + "\n"
 
 
@@ -47,7 +49,9 @@ def test_regions_by_hemisphere_without_their_mean(tmp_path: Path) -> None:
     batch = data.train.batch(torch.arange(5))
     assert batch["psi"].shape == (5, 2, 2)
     line = (torch.arange(5.0) - 2) / 2**0.5
-    torch.testing.assert_close(batch["psi"], line[:, None, None].expand(5, 2, 2))
+    square = torch.arange(5.0) ** 2
+    square = (square - square.mean()) / square.std(correction=0)
+    torch.testing.assert_close(batch["psi"], torch.stack([line, square], dim=1)[:, None].expand(5, 2, 2))
     assert batch["age"].tolist() == [20, 21, 22, 23, 24]
     assert batch["sex"].tolist() == [0, 1, 0, 1, 0]
     assert batch["site"].tolist() == [0, 0, 0, 1, 1]

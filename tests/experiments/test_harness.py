@@ -15,7 +15,7 @@ from lamina.data import load
 from lamina.errors import LaminaError
 from lamina.experiments import evidence, harness, methods, picture, reproduce
 from lamina.experiments.bars import parse_bar
-from lamina.experiments.harness import Measurement, interval, verdict
+from lamina.experiments.harness import Measurement, interval, reported, verdict
 
 SIMPLE = parse_bar("ours - baseline >= 0.1, 3 seeds")
 
@@ -389,3 +389,9 @@ def test_every_method_has_a_page_parts_and_tests():
         # A process, and an explainer that changes no model, have none.
         assert method.parts or method.experiment.slug in ("reproducibility-process", "linear-interpreter")
         assert method.tests, f"{method.experiment.slug}: no test file found"
+
+
+def test_what_only_some_seeds_measured_is_reported_of_those():
+    runs = [Measurement(1.0, 0.0, extra=e) for e in ({"a": 1.0, "b": 5.0}, {"a": 3.0}, {"c": 2.0})]
+    assert reported(runs) == {"a": [1.0, 3.0], "b": [5.0], "c": [2.0]}
+    assert reported([Measurement(1.0, 0.0)]) == {}

@@ -141,8 +141,9 @@ def test_norm_and_activation_are_slots() -> None:
 
 def test_it_starts_as_the_paper_says_and_residuals_at_zero_if_asked() -> None:
     model = make(width=8)
-    for block in (model.stages[1][1], model.stages[3][1]):
-        weight = block.conv2.weight
+    for block in (model.stages[1][0], model.stages[3][0]):
+        weight = block.conv1.weight
+        assert weight.shape[0] == 2 * weight.shape[1]
         assert float(weight.detach().std()) == pytest.approx((2 / (weight.shape[0] * 27)) ** 0.5, rel=0.1)
         assert torch.equal(block.norm2.weight, torch.ones_like(block.norm2.weight))
     for depth, last in ((18, "norm2"), (50, "norm3")):

@@ -175,6 +175,12 @@ def figures(value: Figures) -> dict[str, float]:
     return {str(k): float(v) for k, v in value.items()} if isinstance(value, Mapping) else {"value": float(value)}
 
 
+def reported(measurements: Sequence[Measurement]) -> dict[str, list[float]]:
+    """Return what was measured beside the bar, by name: of every seed that has it, for a run may do more on one."""
+    names = dict.fromkeys(name for m in measurements for name in m.extra)
+    return {name: [float(m.extra[name]) for m in measurements if name in m.extra] for name in names}
+
+
 def paper_figures(value: Figures | str | None) -> dict[str, float]:
     """Return the paper's figures by name; text and None have none."""
     return {} if value is None or isinstance(value, str) else figures(value)

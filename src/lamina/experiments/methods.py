@@ -17,7 +17,7 @@ import lamina
 from lamina import registry
 from lamina.experiments import evidence
 from lamina.experiments.bars import parse_bar
-from lamina.experiments.harness import Experiment, experiments, figures, find, interval_lines, paper_figures
+from lamina.experiments.harness import Experiment, experiments, figures, find, interval_lines, paper_figures, reported
 from lamina.registry import Part
 
 console = Console()
@@ -112,7 +112,7 @@ def evidence_lines(one: Experiment) -> list[str]:
         if all(name in b for b in base):
             line += f", baseline {_mean([b[name] for b in base])}"
         lines.append(line + (f", paper {paper[name]:g}" if name in paper else ""))
-    lines += [f"{name} (reported): {_mean([m.extra[name] for m in runs])}" for name in runs[0].extra]
+    lines += [f"{name} (reported): {_mean(values)}" for name, values in reported(runs).items()]
     if isinstance(runs[0].paper, str):
         lines.append(f"paper: {runs[0].paper}")
     return lines

@@ -24,6 +24,7 @@ from lamina.experiments.harness import (
     find,
     interval_lines,
     paper_figures,
+    reported,
     verdict,
 )
 
@@ -132,8 +133,8 @@ def show(experiment: Experiment, measurements: Sequence[Measurement]) -> None:
         base = [figures(m.baseline)[name] for m in measurements if name in figures(m.baseline)]
         paper = paper_figures(measurements[0].paper).get(name)
         table.add_row(name, _spread(ours), _spread(base), "-" if paper is None else f"{paper:g}")
-    for name in measurements[0].extra:
-        table.add_row(f"{name} (reported)", _spread([m.extra[name] for m in measurements]), "-", "-")
+    for name, values in reported(measurements).items():
+        table.add_row(f"{name} (reported)", _spread(values), "-", "-")
     console.print(table)
     for line in interval_lines(judged, experiment.bar):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
