@@ -1,4 +1,8 @@
-"""Rows of two processes are compared with each other: the loss and the gradient of the whole batch."""
+"""Rows of two processes are compared with each other: the loss and the gradient of the whole batch.
+
+The contract test of two processes does this for one mode in the default run; here are all, with views, a head, unequal
+shares and values that are not known.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +55,7 @@ def _worker(rank: int, place: str, results: Any) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_over_two_processes_it_is_the_loss_and_gradient_of_the_whole_batch(tmp_path: Any) -> None:
     manager = torch.multiprocessing.get_context("spawn").Manager()
