@@ -1,6 +1,6 @@
 """FIT and full attention at 4k, 16k and 65k tokens: time, its exponent, memory, and what trains in 4 GiB.
 
-Memory is the growth of a process's peak over a training step of its own, `python -m benchmarks.fit_long NAME LENGTH`.
+Memory is the most that the tensors of a training step hold at once, without the weights.
 
 Run: OMP_NUM_THREADS=1 python -m benchmarks fit_long
 """
@@ -8,10 +8,7 @@ Run: OMP_NUM_THREADS=1 python -m benchmarks fit_long
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -20,6 +17,7 @@ from torch import nn
 
 from benchmarks.fit import forward, training
 from benchmarks.harness import Row, pair, write
+from lamina.experiments.fit import LiveBytes
 from lamina.models import FIT, TransformerBlock
 from lamina.nn import Attention, FeedForward
 
@@ -103,28 +101,13 @@ def longest() -> list[Row]:
 
 
 def step_bytes(which: str, length: int) -> tuple[int, float]:
-    """Run a training step in a process of its own; return how far its peak grew, and how long it took."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fit_long", which, str(length)], capture_output=True, text=True, check=True
-    )
-    size, seconds = done.stdout.split()
-    return int(size), float(seconds)
-
-
-def one_step(which: str, length: int) -> None:
-    torch.set_num_threads(1)
+    """Run a training step; return the most that its tensors held at once, and how long it took."""
     model = full_transformer() if which == "full" else long_fit(length, checkpoint=which == "recomputed")
-    x = torch.randn(1, length, WIDTH)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    training(model, x, model)()
-    spent = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit, spent)
+    run, start = training(model, torch.randn(1, length, WIDTH), model), time.perf_counter()
+    with LiveBytes() as live:
+        run()
+    return live.most, time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        one_step(sys.argv[1], int(sys.argv[2]))
-    else:
-        main()
+    main()
