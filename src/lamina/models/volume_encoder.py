@@ -155,7 +155,7 @@ def load_anatcl(state: Mapping[str, Tensor], model: VolumeEncoder) -> VolumeEnco
     Example:
         >>> load_anatcl({}, VolumeEncoder(width=8))
         Traceback (most recent call last):
-        lamina.errors.LaminaError: the state lacks conv1.weight and 121 more: is it of a 3-D ResNet-18?
+        lamina.errors.LaminaError: the state lacks bn1.bias and 119 more: is it of a 3-D ResNet-18?
     """
     found = {k.removeprefix("encoder."): v for k, v in state.items() if not k.startswith(("head.", "fc."))}
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
