@@ -1,26 +1,21 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.contract.collect import of
 from tests.contract.example import Example
 
 from lamina import data
 from lamina.errors import LaminaError
 from lamina.registry import find, names
 
-MODULES = "flows hugging_face images named pde sentences series tabular text tokens".split()
-MODULES += "cortical_thickness image_moments views volumes".split()
 AUGMENTED = {"augmented_views", "elastically_deformed", "volumes"}
 """Training rows of these depend on the batch they are in: the same batch again is the same, another order is not."""
-BY_NAME: dict[str, Example] = {}
-for _module in MODULES:
-    for _example in importlib.import_module(f"tests.data.test_{_module}").EXAMPLES:
-        BY_NAME[_example.name] = _example
+BY_NAME: dict[str, Example] = {e.name: e for e in of("data")}
 
 
 def _options(example: Example, folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
