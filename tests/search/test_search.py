@@ -60,6 +60,17 @@ def test_a_choice_between_nodes_is_told_by_what_differs_and_may_hold_choices() -
     ]
 
 
+def test_a_choice_deep_inside_a_choice_speaks_for_itself() -> None:
+    kernels = [{"name": "local", "window": Choice("oneof", [2, 4])}, {"name": "linear"}]
+    mixers = [{"name": "attention", "kernel": k} for k in kernels]
+    found = [p.chosen for p in points(space(mixer=Choice("oneof", mixers)))]
+    assert found == [
+        {"model.mixer.kernel.window": 2},
+        {"model.mixer.kernel.window": 4},
+        {"model.mixer.kernel": {"name": "linear"}},
+    ]
+
+
 @pytest.mark.parametrize(
     ("open_values", "sentence"),
     [
