@@ -3,7 +3,6 @@
 transformer         encoder or decoder with slots for mixer, norm and feed-forward
 wide_transformer    the same heads in few layers or in many: the aspect ratio as one knob
 pair_classifier     one encoder reads two sequences, and their relation is told
-wide_transformer    the same heads in few layers or in many: the aspect ratio as one knob
 vision_transformer  ViT
 resnet              small and standard ResNets
 volume_encoder      ResNets on volumes, as AnatCL has them
