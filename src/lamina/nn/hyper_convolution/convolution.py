@@ -31,7 +31,8 @@ class CoordinateConv2d(nn.Module):
         hidden, layers, omega0: of the slow net, see `CoordinateKernel`; weights are hidden * out_channels * in_channels
             / groups, whatever the kernel_size, so fewer than `nn.Conv2d` has where kernels have more than `hidden`
             points.
-        path: "direct" or "fft" instead of the faster one; fft needs depthwise convolution that keeps height and width.
+        path: "direct" or "fft" instead of the faster one; fft needs depthwise convolution that keeps height and width
+            (maps without a batch, and an even kernel_size at the call, go directly).
     Raises:
         ShapeError: a geometry torch refuses; at the call, other channels. RecipeError: an unknown path, or fft where
             it cannot be.
