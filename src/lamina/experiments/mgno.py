@@ -38,8 +38,9 @@ published data at 16 x 16: 9.1 % against 10.5 %.
 
 Two things did not come out. **Another resolution**: run at 32 x 32 without training, MgNO is wrong by 101 %, where the
 FNO keeps 13.4 %; interpolate MgNO's answer at 16 x 16 instead (13.5 %). **Time**: on a processor an epoch takes 1.29
-times, a step at 128 x 128 1.32 times the FNO's. At equal accuracy it takes less: with 8 channels (29,067 parameters,
-3.9 % at seed 0) MgNO is not less accurate than this FNO; see `benchmarks/mgno.py`.
+times, a step at 128 x 128 1.32 times the FNO's. At about equal accuracy it takes less: with 8 channels (29,067
+parameters) MgNO came to 3.9 % and 4.0 % in two runs at seed 0 where this FNO came to 4.3 % and 3.7 %, in 0.46 to 0.60
+of its time a step (`benchmarks/mgno.py`).
 
 Limits: weights belong to the spacing of the grid they were trained on; on another the model runs, and warns. Uniform
 grids of 1 to 3 axes, no geometry. The coarsest level needs two cells an axis. With norms over the grid (Navier-Stokes)
