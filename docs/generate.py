@@ -40,7 +40,8 @@ def with_table(readme: str, found: list[methods.Method]) -> str:
     # A module may hold a second experiment on the same method.
     first = {m.experiment.run.__module__: m for m in reversed(found)}
     for m in sorted(first.values(), key=lambda m: m.experiment.slug):
-        names = [f"`{p.name}`" for p in m.parts]
+        # One name may stand for parts of two kinds.
+        names = list(dict.fromkeys(f"`{p.name}`" for p in m.parts))
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         rows.append(f"| {m.experiment.slug} | {m.title} | {', '.join(names[:4])}{more} |")
     before, _, rest = readme.partition(MARKS[0])
