@@ -31,7 +31,8 @@ SOLUTIONS = {
 
 @register(
     "data",
-    source="Darcy flow: neuraloperator (Kossaifi et al.); others: Raissi et al., Physics-informed neural networks (2019)",
+    source="Darcy flow: neuraloperator (Kossaifi et al.); others: Raissi et al., "
+    "Physics-informed neural networks (2019)",
 )
 def pde(
     equation: Literal["darcy", "burgers", "allen_cahn", "kdv"] = "darcy",
