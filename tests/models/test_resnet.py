@@ -15,6 +15,7 @@ def images(*shape: int) -> Tensor:
 
 
 TINY = {"depths": [1, 2], "widths": [4, 8], "stem": "small", "classes": 5}
+BOTTLENECK = {"depths": [1, 2], "widths": [2, 4], "block": "bottleneck", "classes": 3}
 EXAMPLES = [
     Example(
         "model",
@@ -22,16 +23,24 @@ EXAMPLES = [
         options=TINY,
         batch=lambda: {"pixel_values": images(4, 3, 8, 8), "labels": torch.tensor([0, 4, 1, 2])},
         bad={"widths": [4]},
-    )
-] + [
+    ),
     Example(
         "model",
-        name,
-        options={"classes": 3},
-        batch=lambda: {"pixel_values": images(2, 3, 40, 40), "labels": torch.tensor([0, 2])},
+        "resnet",
+        options=BOTTLENECK,
+        batch=lambda: {"pixel_values": images(4, 3, 40, 40), "labels": torch.tensor([0, 2, 1, 2])},
         bad={"classes": 0},
-    )
-    for name in ("resnet18", "resnet20", "resnet34", "resnet50")
+    ),
+    *(
+        Example(
+            "model",
+            name,
+            options={"classes": 3},
+            batch=lambda: {"pixel_values": images(2, 3, 40, 40), "labels": torch.tensor([0, 2])},
+            size_of="resnet",
+        )
+        for name in ("resnet18", "resnet20", "resnet34", "resnet50")
+    ),
 ]
 
 

@@ -21,7 +21,7 @@ DEIT_EXAMPLES = [
         name,
         options={"classes": 3, "image": 16, "depth": 1},
         batch=lambda: {"pixel_values": images(2, 3, 16, 16), "labels": torch.tensor([0, 2])},
-        bad={"image": 17},
+        size_of="vision_transformer",
     )
     for name in ("deit_tiny", "deit_small", "deit_base")
 ]
