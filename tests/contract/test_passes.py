@@ -228,13 +228,6 @@ def test_an_ordered_pair_works_or_says_why_not(first, second):
     any(pair_works(first, second, where) for where in places)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", FOREIGN)
-@pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_every_ordered_pair_works_or_says_why_not_in_every_model(first, second, where):
-    pair_works(first, second, where)
-
-
 @pytest.mark.parametrize("example", [e for e in PASSES if e.bad], ids=label)
 def test_bad_options_are_refused_before_anything_changes(example):
     model, batch = prepared(example, "ours")

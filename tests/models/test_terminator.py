@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
         ) and SFNEBlock(6, 2, 4, groups=2, skips=(4,))
 
 
-@pytest.mark.slow  # Half a minute; the fast half is the experiment's smoke run.
+@pytest.mark.slow  # Its graph has thousands of nodes; the fast half is the experiment's smoke run.
 def test_the_published_size_trains_a_step_compiled_or_not() -> None:
     torch.manual_seed(0)
     model, x = Terminator(), images(4, 3, 32, 32)
@@ -146,4 +146,6 @@ def test_the_published_size_trains_a_step_compiled_or_not() -> None:
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-3)
+        # In one graph; inductor's kernels for it alone take minutes to build.
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
