@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness import Row, pair, write
+from benchmarks.harness import Row, forward, pair, training, write
 from lamina.models import load_anatcl, resnet3d_18
 from lamina.objectives import rbf
 from lamina.objectives.contrastive import Mode, anchor_losses
@@ -131,23 +131,6 @@ def memory_row(what: str, ours: Callable[[], Tensor], peer: Callable[[], Tensor]
     print(f"{what}: {mine:.2f} MB / {theirs:.2f} MB = {mine / theirs:.3f}", flush=True)
     ratio = mine / theirs
     return dataclasses.replace(row, what=what, ratio=ratio, spread=(ratio, ratio), megabytes=(mine, theirs))
-
-
-def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
-
-
-def training(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        model.zero_grad()
-        model(x).square().mean().backward()
-        return None
-
-    return run
 
 
 def encoders(rows: list[Row]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Row, pair, write
+from benchmarks.harness import Row, forward, pair, write
 from lamina.models import FIT, FITAutoregressive
 
 SIZES: dict[str, Any] = {"token_width": 128, "latent_width": 192, "token_heads": 4, "latent_heads": 6}
@@ -91,14 +91,6 @@ def decoder_loop(model: FITAutoregressive, counts: list[tuple[int, int]]) -> Cal
         x = F.embedding(ids, w["embedding.weight"]).unflatten(1, (-1, n)) + w["positions.table"]
         tokens, _ = trunk(w, counts, x, heads, True)
         return F.linear(norm(w, "token_norm", tokens).flatten(1, 2), w["embedding.weight"], w["head.bias"])
-
-    return run
-
-
-def forward(model: Callable[[Tensor], Any], x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(x)
 
     return run
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.fit import forward, training
-from benchmarks.harness import Row, pair, write
+from benchmarks.fit import training
+from benchmarks.harness import Row, forward, pair, write
 from lamina.experiments.fit import LiveBytes
 from lamina.models import FIT, TransformerBlock
 from lamina.nn import Attention, FeedForward

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Row, pair, write
+from benchmarks.harness import Row, forward, pair, write
 from lamina.nn import FourierHead
 
 
@@ -32,14 +32,6 @@ class GroupedConvolutionHead(nn.Module):
         c = F.conv1d(a[None], a[:, None].conj().resolve_conj(), padding=count - 1, groups=len(a))[0, :, count - 1 :]
         p = 0.5 + ((c[:, 1:] / c[:, :1].real) @ self.waves).real
         return (p / p.sum(-1, keepdim=True) + 1e-5).log()
-
-
-def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], object]:

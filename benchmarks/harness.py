@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -63,6 +66,27 @@ def pair(
     row = Row(what, *names, middle[0] / middle[1], (low, high), goal, (middle[0] * 1e3, middle[1] * 1e3))
     print(f"{what}: {names[0]} / {names[1]} = {row.ratio:.3f} [{low:.3f}, {high:.3f}]  (goal {goal})", flush=True)
     return row
+
+
+def forward(model: Callable[..., object], *inputs: Tensor) -> Callable[[], object]:
+    """Return what to time: a pass without gradients."""
+
+    def run() -> object:
+        with torch.inference_mode():
+            return model(*inputs)
+
+    return run
+
+
+def training(model: nn.Module, *inputs: Tensor) -> Callable[[], object]:
+    """Return what to time: a pass and the gradients of the outputs' mean square."""
+
+    def run() -> object:
+        model.zero_grad()
+        model(*inputs).square().mean().backward()
+        return None
+
+    return run
 
 
 def write(name: str, rows: list[Row], packages: tuple[str, ...] = ()) -> Path:

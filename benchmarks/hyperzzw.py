@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Row, pair, write
+from benchmarks.harness import Row, forward, pair, training, write
 from lamina.models import Terminator
 from lamina.nn import CoordinateKernel, HyperZZWLocal, RecursiveGatedUnit, SFNEBlock, depthwise_convolution
 from lamina.nn.hyper_convolution.gates import HyperChannelInteraction, HyperInteraction
@@ -100,22 +100,6 @@ class Port(nn.Module):
             x = block(m, x, [outputs[j] for j in skips])
             outputs.append(x)
         return self.model.head(x.mean((2, 3)))
-
-
-def forward(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
-
-
-def training(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        model.zero_grad()
-        return model(x).square().mean().backward()
-
-    return run
 
 
 def ways(side: int, kernel_side: int, *, learns: bool) -> Row:

@@ -5,22 +5,11 @@ Run: OMP_NUM_THREADS=1 python -m benchmarks metaformer
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
 from transformers import PoolFormerConfig, PoolFormerForImageClassification
 
-from benchmarks.harness import Row, pair, write
+from benchmarks.harness import Row, forward, pair, write
 from lamina.models import poolformer_s12
-
-
-def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
 
 
 def main() -> None:

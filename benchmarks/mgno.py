@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Row, pair, write
+from benchmarks.harness import Row, forward, pair, write
 from lamina.experiments import mgno as experiment
 from lamina.models import FNO, MgNO
 from lamina.nn import MultigridLinear
@@ -113,14 +113,6 @@ def take_weights(ours: MgNO, peer: Reference) -> None:
                 cycle.up[j].load_state_dict(level.prolongation.conv.state_dict())
         linear.load_state_dict(layer.pointwise.state_dict())
     peer.last.load_state_dict(ours.head.state_dict())
-
-
-def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
 
 
 def training(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:

@@ -10,14 +10,13 @@ Run: OMP_NUM_THREADS=1 python -m benchmarks raft_mlp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Row, pair, write
+from benchmarks.harness import Row, forward, pair, training, write
 from lamina.models import RaftMLP, load_raft_mlp, mixer_b16_e2, raft_mlp_s
 
 WIDTHS, DEPTHS, PATCHES = (64, 128, 256, 512), (2, 2, 6, 2), (4, 2, 2, 2)
@@ -137,23 +136,6 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.blocks(self.stem(x).flatten(2).transpose(1, 2))).mean(1))
-
-
-def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
-
-
-def training(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        model.zero_grad()
-        model(x).square().mean().backward()
-        return None
-
-    return run
 
 
 def macs(model: nn.Module) -> int:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import pair, write
+from benchmarks.harness import forward, pair, training, write
 from lamina.models import TokenFormer, Transformer
 from lamina.nn import Pattention
 from lamina.rewrite import GrowParameterTokens, rewrite
@@ -45,23 +44,6 @@ def ported(model: nn.Module) -> nn.Module:
             parent, _, name = path.rpartition(".")
             setattr(twin.get_submodule(parent), name, Port(layer))
     return twin
-
-
-def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
-
-
-def training(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        model.zero_grad()
-        model(x).square().mean().backward()
-        return None
-
-    return run
 
 
 def blocks(model: nn.Module) -> int:

@@ -10,27 +10,18 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Row, pair, write
+from benchmarks.harness import Row, forward, pair, write
 from lamina.models import Transformer, wide_transformer
 from lamina.nn.attention import Attention
 from lamina.nn.attention_kernels import written_out
 
 WIDTH, HIDDEN, TOKENS = 512, 2048, 1000
 SIZES: dict[str, Any] = {"hidden": HIDDEN, "vocabulary": 256, "context": TOKENS, "classes": 2}
-
-
-def forward(model: nn.Module, *inputs: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(*inputs)
-
-    return run
 
 
 class Blocks(nn.Module):
