@@ -228,6 +228,13 @@ def test_an_ordered_pair_works_or_says_why_not(first, second):
     any(pair_works(first, second, where) for where in places)
 
 
+@pytest.mark.parametrize("second", ["drop_mlp", "replace", "hypercomplex"])
+def test_a_pair_with_nothing_between_them_works_in_either_order(second):
+    drop, other = (next(e for e in DISTINCT if e.name == name) for name in ("drop_attention", second))
+    assert pair_works(drop, other, "llama")
+    assert pair_works(other, drop, "llama")
+
+
 @pytest.mark.parametrize("example", [e for e in PASSES if e.bad], ids=label)
 def test_bad_options_are_refused_before_anything_changes(example):
     model, batch = prepared(example, "ours")

@@ -472,8 +472,12 @@ def test_bad_parameters_are_refused() -> None:
 
 def test_a_group_may_be_empty() -> None:
     for capturable in (False, True):
-        layers = make()
-        LAMB([{"params": []}, {"params": layers}], capturable=capturable).step()
+        alone, beside = make(), make()
+        for layers, groups in ((alone, [{"params": alone}]), (beside, [{"params": []}, {"params": beside}])):
+            gradients(layers, 0)
+            LAMB(groups, capturable=capturable).step()
+        assert not torch.equal(alone[0], make()[0])
+        assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
 
 
 def test_a_flattened_model_is_warned_about() -> None:
