@@ -155,6 +155,20 @@ def test_the_scale_stays_float32_and_is_loaded() -> None:
     assert float(Pattention(6, 4, 9, score="softmax").scale) == 9.0
 
 
+def test_a_layer_built_on_meta_starts_as_any_other() -> None:
+    for scale in (None, 2.5):
+        with torch.device("meta"):
+            layer = Pattention(6, 4, 9, bias=True, scale=scale)
+        layer.to_empty(device="cpu")
+        for tensor in layer.state_dict().values():
+            tensor.fill_(torch.nan)
+        torch.manual_seed(0)
+        layer.reset_parameters()
+        torch.manual_seed(0)
+        whole = Pattention(6, 4, 9, bias=True, scale=scale).state_dict()
+        assert all(torch.equal(t, whole[name]) for name, t in layer.state_dict().items())
+
+
 def test_the_norm_is_float32_in_low_precision() -> None:
     """The squares of these scores sum up to more than the 65504 that float16 can hold."""
     layer = Pattention(64, 8, 32)

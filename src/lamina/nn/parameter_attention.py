@@ -83,6 +83,7 @@ class Pattention(nn.Module):
         self.key = nn.Parameter(torch.empty(pairs, in_features))
         self.value = nn.Parameter(torch.empty(pairs, out_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.initial_scale = scale
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
         self.reset_parameters()
 
@@ -109,13 +110,14 @@ class Pattention(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def reset_parameters(self, value_std: float | None = None) -> None:
-        """Draw keys (deviation 0.02) and values anew (None = 1 / sqrt(pairs)); zero the bias."""
+        """Draw keys (deviation 0.02) and values anew (None = 1 / sqrt(pairs)); zero the bias, and `scale` as given."""
         if not self.key.is_meta:
             # There it would only take time: the largest network has 400 such tensors.
             nn.init.normal_(self.key, std=KEY_STD)
             nn.init.normal_(self.value, std=1 / math.sqrt(self.pairs) if value_std is None else value_std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        self.scale.fill_(self.initial_scale)
 
     def initialise(self, std: float) -> None:
         """Draw the pairs anew, with about the outputs of a linear layer whose weights have that deviation."""
