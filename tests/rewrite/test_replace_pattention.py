@@ -51,6 +51,14 @@ def test_behind_a_norm_with_twice_as_many_pairs_as_inputs_it_is_the_linear_layer
     torch.testing.assert_close(made[1](x), (x / length) @ plain.weight.T + plain.bias, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("pairs", "scale"), [(16, 2.0), (16, 30.0), (21, 0.1)])
+def test_the_linear_layer_is_kept_at_any_scale(pairs: int, scale: float) -> None:
+    model, x = normed(5), drawn(7, 8)
+    made: Any = replaced(model, pairs=pairs, scale=scale)
+    assert float(made[1].scale) == pytest.approx(scale)
+    torch.testing.assert_close(made(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_fewer_pairs_keep_the_directions_that_matter() -> None:
     model, x = normed(32, bias=False), drawn(50, 8)
     with torch.no_grad():

@@ -21,7 +21,7 @@ def linear_to_pattention(old: nn.Module, new: str, options: Mapping[str, Any], l
 
     GELU(a) - GELU(-a) = a, so keys B and -B with values C and -C give C^T B x / rms(B x), with B the directions that
     the old weight C^T B acts on most. With 2 * in_features pairs that is the old layer on every x of root mean square
-    1, as a norm gives them. Other scores than "l2_gelu" start fresh.
+    1, as a norm gives them, whatever `scale` is asked for. Other scores than "l2_gelu" start fresh.
 
     Raises:
         LaminaError: the old layer is no plain `nn.Linear`. ShapeError, RecipeError: options that do not fit.
@@ -42,13 +42,14 @@ def linear_to_pattention(old: nn.Module, new: str, options: Mapping[str, Any], l
 def _take_linear(made: Pattention, weight: Tensor, rank: int, *, keep_scale: bool) -> None:
     """Fill the pairs; those that are left over score nothing and have fresh values, as grown ones."""
     directions = _directions(weight.double(), rank)  # (r, in), orthonormal
-    values = directions @ weight.double().T
     rank = len(directions)
+    if not keep_scale:
+        made.scale.fill_(math.sqrt(2 * rank))
+    # Scores are scale / sqrt(2 * rank) times B x / rms(B x), and GELU(a) - GELU(-a) = a whatever the size of a.
+    values = directions @ weight.double().T * (math.sqrt(2 * rank) / float(made.scale))
     made.key.zero_()
     made.key[: 2 * rank] = torch.cat((directions, -directions)).to(made.key.dtype)
     made.value[: 2 * rank] = torch.cat((values, -values)).to(made.value.dtype)
-    if not keep_scale:
-        made.scale.fill_(math.sqrt(2 * rank))
 
 
 def _directions(weight: Tensor, rank: int) -> Tensor:
