@@ -40,9 +40,9 @@ EXACT = ["local", "strided_sparse", "longformer", "bigbird"]
 """Softmax attention with fewer pairs: a mask says which."""
 
 
-def make(name: str, **options: Any) -> nn.Module:
+def make(name: str, causal: bool = False, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    given = {"heads": HEADS, "head_width": WIDTH, "context": CONTEXT}
+    given = {"heads": HEADS, "head_width": WIDTH, "context": CONTEXT, "causal": causal}
     kernel = make_kernel({"name": name, **SMALL[name], **options}, **given)
     assert kernel is not None
     return kernel.double()
@@ -246,6 +246,32 @@ def test_large_queries_and_keys_do_not_leave_the_range_of_the_features() -> None
         torch.testing.assert_close(found[:, :, -1].double(), exact, atol=1e-2, rtol=1e-2)
 
 
+def test_a_strong_key_leaves_no_rounding_to_earlier_tokens() -> None:
+    """A sum less its last term would: at the end of a chunk such a key is most of the sum."""
+    q, k, v = (t.float() for t in qkv(128))
+    k[:, :, 127] = 1e6
+    kernel = make("linear", causal=True).float()
+    found = kernel(q, k, v)[:, :, :127]
+    torch.testing.assert_close(found, kernel(*(t[:, :, :127] for t in (q, k, v))), atol=1e-5, rtol=1e-4)
+
+
+def test_padding_does_not_set_the_range_of_the_features() -> None:
+    q, k, v = (20 * t.float() for t in qkv(12))
+    kernel = make("performer").float()
+    alone = kernel(q[:, :, :7], k[:, :, :7], v[:, :, :7])
+    torch.testing.assert_close(kernel(q, k, v, padding(12, 7))[1:, :, :7], alone[1:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "causal"), [*((n, False) for n in KERNELS), *((n, True) for n in CAUSAL)])
+def test_a_row_of_padding_alone_gives_numbers_and_leaves_the_others(name: str, causal: bool) -> None:
+    kernel, inputs = make(name, causal=causal), [t.requires_grad_() for t in qkv(13)]
+    out = kernel(*inputs, padding(13, 0))
+    assert out.isfinite().all()
+    out.sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in inputs if t.grad is not None)
+    torch.testing.assert_close(out[:1], kernel(*(t[:1] for t in inputs)))
+
+
 def test_the_chunked_causal_sum_does_not_depend_on_the_chunk() -> None:
     q, k, v = (t.abs() for t in qkv(13))
     sums = [by_features(q, k, v, None, causal=True, chunk=chunk) for chunk in (1, 3, 64)]
@@ -364,13 +390,24 @@ BAD: list[tuple[Callable[[], object], type[LaminaError], str]] = [
     (lambda: Attention(8, 2, kernel={"name": "softmax", "window": 3}), RecipeError, "no option 'window'"),
     (lambda: Attention(8, 2, kernel={"window": 3}), RecipeError, "no attention kernel is called None"),
     (lambda: Attention(8, 2, kernel={"name": "local", "window": 0}), RecipeError, "window of at least 1, got 0"),
+    (lambda: Attention(8, 2, kernel={"name": "local", "window": 2.5}), RecipeError, "kernel.window.*whole number"),
+    (
+        lambda: Attention(8, 2, causal=True, kernel={"name": "local", "causal": False}),
+        RecipeError,
+        "is the attention's",
+    ),
+    (lambda: Attention(8, 2, kernel={"name": "sinkhorn", "heads": 4}), RecipeError, "heads is the attention's"),
     (lambda: Attention(8, 2, causal=True, kernel="longformer"), RecipeError, "cannot be causal"),
     (lambda: Attention(8, 2, causal=True, context=9, kernel="linformer"), RecipeError, "cannot be causal"),
     (lambda: Attention(8, 2, kernel="linformer"), RecipeError, "context of at least 1, got None"),
     (lambda: Attention(8, 2, context=9, kernel={"name": "linformer", "rank": 10}), RecipeError, "the rank 10"),
     (lambda: Attention(8, 2, kernel="bigbird"), RecipeError, "context of at least 1, got None"),
     (lambda: Attention(8, 2, kernel="sinkhorn"), RecipeError, "context of at least 1, got None"),
-    (lambda: Attention(8, 2, context=9, kernel={"name": "synthesizer", "logits": "x"}), RecipeError, "'dense' or"),
+    (
+        lambda: Attention(8, 2, context=9, kernel={"name": "synthesizer", "logits": "x"}),
+        RecipeError,
+        "'dense', 'random'",
+    ),
     (lambda: make("local")(*qkv(7), torch.ones(1, 1, 7, 7, dtype=torch.bool)), ShapeError, "no table of all pairs"),
     (lambda: make("local")(qkv(3)[0], *qkv(7)[1:]), ShapeError, "3 queries and 7 keys"),
     (lambda: make("linformer")(*qkv(64)), ShapeError, "63 tokens, got 64"),

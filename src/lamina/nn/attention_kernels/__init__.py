@@ -23,7 +23,6 @@ Source: the ten attentions that Brown et al., Wide Attention Is The Way Forward 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -41,6 +40,7 @@ from lamina.nn.attention_kernels.synthesizer import SynthesizerKernel as Synthes
 from lamina.nn.attention_kernels.windows import LocalKernel as LocalKernel
 from lamina.nn.attention_kernels.windows import LongformerKernel as LongformerKernel
 from lamina.nn.attention_kernels.windows import StridedSparseKernel as StridedSparseKernel
+from lamina.recipe._options import fit, signature_of
 from lamina.registry import find
 
 KernelName = Literal[
@@ -84,16 +84,19 @@ def make_kernel(node: str | Mapping[str, Any], **given: Any) -> nn.Module | None
     if not isinstance(name, str) or (name not in known and ":" not in name):
         raise RecipeError(f"no attention kernel is called {name!r}{nearest(str(name), known)}; there are: {', '.join(known)}")  # fmt: skip  # noqa: E501
     make: Callable[..., Any] | None = None if name == "softmax" else KERNELS.get(name) or find("layer", name)
-    taken = {} if make is None else inspect.signature(make).parameters
-    for option in options:
+    taken = {} if make is None else signature_of(make).options
+    for option, value in options.items():
         if option not in taken:
             raise RecipeError(f"the kernel {name!r} has no option {option!r}{nearest(str(option), taken)}; it has {', '.join(taken) or 'none'}")  # fmt: skip  # noqa: E501
+        if option in given:
+            raise RecipeError(f"the kernel's {option} is the attention's: set it there, not in the kernel {name!r}")
+        fit(value, taken[option].hint, f"kernel.{option}")
     if make is None:
         return None
     if given.get("causal") and "causal" not in taken:
-        raise RecipeError(f"the kernel {name!r} does not say that it can be causal (it has no option of that name)")
+        raise RecipeError(f"the kernel {name!r} cannot be causal: it has no option of that name")
     try:
-        made: nn.Module = make(**{k: v for k, v in given.items() if k in taken and k not in options}, **options)
+        made: nn.Module = make(**{k: v for k, v in given.items() if k in taken}, **options)
     except (LaminaError, TypeError) as error:
         raise RecipeError(f"kernel: {error}") from error
     return made
@@ -103,5 +106,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> 
     """Softmax attention with all its weights held in memory, as papers before fused kernels timed it; O(T^2) memory."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if mask is not None:
-        scores = scores.masked_fill(~mask.to(torch.bool), -math.inf)
+        mask = mask.to(torch.bool)
+        # A row of padding alone sees all of it: a row without a key has no softmax.
+        scores = scores.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), -math.inf)
     return scores.softmax(-1) @ v

@@ -38,16 +38,6 @@ def keys_seen(kernel: str, mask: Tensor | None, keys: int) -> Tensor | None:
     return mask[:, 0, 0].to(torch.bool)
 
 
-def refuse_causal(kernel: str, causal: bool) -> None:
-    """Refuse causal attention.
-
-    Raises:
-        ShapeError: says so.
-    """
-    if causal:
-        raise ShapeError(f"the kernel {kernel!r} looks at the whole sequence: it cannot be causal")
-
-
 def count(kernel: str, **numbers: int) -> None:
     """Refuse numbers below 1.
 

@@ -14,7 +14,6 @@ from lamina.nn.attention_kernels._blocks import (
     into_blocks,
     keys_seen,
     mask_blocks,
-    refuse_causal,
 )
 
 
@@ -31,7 +30,7 @@ class BigBirdKernel(nn.Module):
         global_blocks: how many blocks at the front are global.
         seed: of the draw; None = drawn too, so that every layer has blocks of its own.
     Raises:
-        ShapeError: a number out of range, no context, causal; at the call, a mask of pairs, a longer sequence.
+        ShapeError: a number out of range, no context; at the call, a mask of pairs, a longer sequence.
     Source: Zaheer et al., Big Bird (2020), arXiv 2007.14062, section 2 and appendix D (blocks), ITC form. Deviation:
         the global blocks are the first ones, where the official code takes the first and the last.
     """
@@ -46,11 +45,9 @@ class BigBirdKernel(nn.Module):
         random_blocks: int = 3,
         global_blocks: int = 1,
         seed: int | None = None,
-        causal: bool = False,
     ) -> None:
         super().__init__()
         count("bigbird", block=block)
-        refuse_causal("bigbird", causal)
         if context is None or context < 1:
             raise ShapeError(f"the kernel 'bigbird' draws its random blocks for a context of at least 1, got {context}")
         if random_blocks < 0 or global_blocks < 0:

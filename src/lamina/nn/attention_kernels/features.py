@@ -81,10 +81,13 @@ class PerformerKernel(nn.Module):
             check_sequence("performer", q, k)
         with without_autocast(q.device):
             # A factor common to all keys, or to all features of one query, leaves the quotient: it keeps exp in range.
-            exponents = self._exponents(q), self._exponents(k if seen is None else k * seen[:, None, :, None])
+            of_queries, of_keys = self._exponents(q), self._exponents(k)
+            if seen is not None:
+                # Padding must not set the factor; the lowest number, not -inf, for rows of padding alone.
+                of_keys = of_keys.masked_fill(~seen[:, None, :, None], torch.finfo(of_keys.dtype).min)
             features = (
-                (exponents[0] - exponents[0].amax(-1, keepdim=True)).exp(),
-                (exponents[1] - exponents[1].amax((-1, -2), keepdim=True)).exp(),
+                (of_queries - of_queries.amax(-1, keepdim=True)).exp(),
+                (of_keys - of_keys.amax((-1, -2), keepdim=True)).exp(),
             )
             return by_features(*features, at_least_float32(v), seen, causal=self.causal).to(v.dtype)
 
@@ -105,14 +108,16 @@ def by_features(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, causal:
     # The sum of the weights is one more channel of the values.
     v = F.pad(v, (0, 1), value=1.0)
     out = _sums_so_far(q, k, v, chunk) if causal else q @ (k.transpose(-1, -2) @ v)
-    return out[..., :-1] / out[..., -1:].clamp(min=torch.finfo(out.dtype).tiny)
+    total = out[..., -1:]
+    # Not the smallest number: its reciprocal squared, in the gradient, is infinite.
+    return out[..., :-1] / torch.where(total > 0, total, 1.0)
 
 
 def _sums_so_far(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     tokens = q.shape[2]
     q, k, v = (into_blocks(t, chunk) for t in (q, k, v))  # (B, H, n, chunk, ...)
-    products = k.transpose(-1, -2) @ v
-    before = products.cumsum(2) - products
+    # What stood before a chunk, never a difference of sums: a large key would leave its rounding to earlier tokens.
+    before = F.pad((k.transpose(-1, -2) @ v)[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))
     inside = (q @ k.transpose(-1, -2)).tril() @ v
     return (q @ before + inside).flatten(2, 3)[:, :, :tokens]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lamina.errors import ShapeError
-from lamina.nn.attention_kernels._blocks import count, keys_seen, refuse_causal
+from lamina.nn.attention_kernels._blocks import count, keys_seen
 
 
 class LinformerKernel(nn.Module):
@@ -21,13 +21,12 @@ class LinformerKernel(nn.Module):
         context: the longest sequence.
         rank: number of mixtures; None = 128, or the context where that is shorter. The same in all heads.
     Raises:
-        ShapeError: no context, a rank above it, causal; at the call, a mask of pairs, a longer sequence.
+        ShapeError: no context, a rank above it; at the call, a mask of pairs, a longer sequence.
     Source: Wang et al., Linformer (2020), arXiv 2006.04768, equation 7, projections shared by heads, not by layers.
     """
 
-    def __init__(self, context: int | None = None, *, rank: int | None = None, causal: bool = False) -> None:
+    def __init__(self, context: int | None = None, *, rank: int | None = None) -> None:
         super().__init__()
-        refuse_causal("linformer", causal)
         if context is None or context < 1:
             raise ShapeError(f"the kernel 'linformer' has weights for a context of at least 1, got {context}")
         rank = min(128, context) if rank is None else rank

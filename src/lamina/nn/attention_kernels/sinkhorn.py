@@ -16,7 +16,6 @@ from lamina.nn.attention_kernels._blocks import (
     into_blocks,
     keys_seen,
     mask_blocks,
-    refuse_causal,
 )
 
 
@@ -34,7 +33,7 @@ class SinkhornKernel(nn.Module):
         iterations: of Sinkhorn's normalisation.
         temperature: of the scores; towards 0 the permutation becomes hard.
     Raises:
-        ShapeError: no context, a number out of range, causal; at the call, a mask of pairs, a longer sequence.
+        ShapeError: no context, a number out of range; at the call, a mask of pairs, a longer sequence.
     Source: Tay et al., Sparse Sinkhorn Attention (2020), arXiv 2002.11296, sections 3.1-3.3. Deviations: the sorting
         reads keys, not the layer's input (a kernel has none), is one matrix a head, and draws no Gumbel noise.
     """
@@ -48,11 +47,9 @@ class SinkhornKernel(nn.Module):
         block: int = 16,
         iterations: int = 8,
         temperature: float = 0.75,
-        causal: bool = False,
     ) -> None:
         super().__init__()
         count("sinkhorn", heads=heads, head_width=head_width, block=block, iterations=iterations)
-        refuse_causal("sinkhorn", causal)
         if context is None or context < 1:
             raise ShapeError(f"the kernel 'sinkhorn' sorts the blocks of a context of at least 1, got {context}")
         if not temperature > 0:

@@ -75,5 +75,7 @@ class SynthesizerKernel(nn.Module):
             earlier = (row <= row[:, None])[None, None]
             mask = earlier if mask is None else (earlier & mask.bool()) | (row == row[:, None])
         if mask is not None:
-            scores = scores.masked_fill(~mask.bool(), -math.inf)
+            mask = mask.bool()
+            # A row of padding alone sees all of it: a row without a key has no softmax.
+            scores = scores.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), -math.inf)
         return scores.softmax(-1).to(v.dtype) @ v

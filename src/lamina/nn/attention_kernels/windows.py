@@ -15,7 +15,6 @@ from lamina.nn.attention_kernels._blocks import (
     into_blocks,
     keys_seen,
     mask_blocks,
-    refuse_causal,
     with_neighbours,
 )
 
@@ -54,15 +53,14 @@ class LongformerKernel(nn.Module):
         window: how far the other tokens see to either side.
         global_tokens: how many tokens at the front are global (a class token).
     Raises:
-        ShapeError: a number below 1; causal; at the call, a mask of pairs, or more keys than queries.
+        ShapeError: a number below 1; at the call, a mask of pairs, or more keys than queries.
     Source: Beltagy, Peters, Cohan, Longformer (2020), arXiv 2004.05150, section 3.1. Deviation: the global tokens use
         the same projections as the others, because a kernel has none.
     """
 
-    def __init__(self, window: int = 64, global_tokens: int = 1, *, causal: bool = False) -> None:
+    def __init__(self, window: int = 64, global_tokens: int = 1) -> None:
         super().__init__()
         count("longformer", window=window, global_tokens=global_tokens)
-        refuse_causal("longformer", causal)
         self.window, self.global_tokens = window, global_tokens
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
