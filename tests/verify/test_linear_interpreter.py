@@ -304,6 +304,64 @@ def test_a_rewrite_that_keeps_the_function_keeps_every_vote() -> None:
         after.filter(x0)
 
 
+class LastFirst(nn.Module):
+    """Gives pixels with their channels last, as a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).permute(0, 2, 3, 1)
+
+
+def test_inputs_and_outputs_may_lie_in_memory_in_any_order() -> None:
+    model, x = made(LastFirst), draw(1, 3, 5, 4).double()
+    plainly = LinearInterpreter(model, x)
+    assert not plainly.output.is_contiguous()
+    jacobian = torch.func.jacrev(model)(x).detach().reshape(12, 60)
+    for x0 in (
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    ):
+        system = LinearInterpreter(model, x0)
+        # Places, and flat indices, are those of the shape, whatever the memory.
+        torch.testing.assert_close(system.row((1, 0, 1)).flatten(), jacobian[5])
+        torch.testing.assert_close(system.row(5).flatten(), jacobian[5])
+        torch.testing.assert_close(system.column((2, 1, 3)).flatten(), jacobian[:, 47])
+        torch.testing.assert_close(
+            system.contributions(-1).sum() + system.bias.flatten()[-1], system.output[0, 2, 1, 1]
+        )
+        torch.testing.assert_close(system.matrix(), jacobian)
+
+
+class Summed(nn.Module):
+    """Its first output is 0 but for rounding, which is another one every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.cat([x[:, :1] * 0 + 3e-6 * self.calls, x])
+
+
+def test_rounding_of_an_output_near_0_is_not_taken_for_chance() -> None:
+    x = 30 * torch.ones(1, 1)
+    system = LinearInterpreter(Summed().eval(), x)
+    assert system.row(1).tolist() == [[1.0]]
+    # Where an output is not finite, the others are still compared.
+    ends = nn.Sequential(nn.Linear(3, 4)).eval()
+    ends[0].bias.data[:2] = torch.tensor([torch.inf, torch.nan])
+    system = LinearInterpreter(ends, draw(1, 3))
+    assert torch.equal(system.row(2), ends[0].weight.detach()[2:3])
+    ends[0].bias.data[3] += 1
+    with pytest.raises(LaminaError, match="is random, or was changed since"):
+        system.row(2)
+
+
 def test_half_precision_and_autocast() -> None:
     model, x0 = given("unet", torch.bfloat16)
     system = LinearInterpreter(model, x0)

@@ -52,6 +52,15 @@ def test_equal_values_missing_ranks_and_nothing_at_all(method):
 
 
 @pytest.mark.parametrize("method", ["block", "lanczos"])
+def test_values_that_are_0_but_for_rounding_settle(method):
+    a = matrix(60, 3) @ matrix(3, 60, seed=1)
+    found = svd(a, 5, method=method)
+    assert found.steps < 50
+    expected = torch.linalg.svdvals(a)[:5]
+    torch.testing.assert_close(found.values, expected, rtol=1e-9, atol=1e-11 * float(expected[0]))
+
+
+@pytest.mark.parametrize("method", ["block", "lanczos"])
 def test_the_seed_decides_the_start_and_nothing_else_does(method):
     a = matrix(30, 20)
     first, again = svd(a, 2, method=method, tolerance=1e-3), svd(a, 2, method=method, tolerance=1e-3)

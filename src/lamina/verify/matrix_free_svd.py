@@ -24,6 +24,9 @@ Method = Literal["block", "lanczos"]
 LIMIT = 500
 """Steps after which the iteration ends with a warning."""
 
+FLOOR = 1e-12
+"""Part of the largest value below which another one is rounding, and need not settle."""
+
 
 @dataclass(frozen=True)
 class SingularTriples:
@@ -57,8 +60,9 @@ def matrix_free_svd(
         backward: F transposed.
         k: 1..min(inputs, outputs).
         method: "block" costs 2 (k + some) products a step and is robust; "lanczos" costs 2 a step, in fewer steps.
-        tolerance: the iteration ends where no value changes by more than this part of itself, and no triple misses
-            F^T u = s v by more than its square root (of the largest value); after 500 steps it warns.
+        tolerance: the iteration ends where no value changes by more than this part of itself (and 1e-12 of the largest,
+            for values that are 0 but for rounding), and no triple misses F^T u = s v by more than its square root (of
+            the largest value); after 500 steps it warns.
         seed: of the start.
     Raises:
         LaminaError: k out of range, a tolerance that is not above 0, an unknown method.
@@ -130,7 +134,7 @@ _METHODS = {"block": _block, "lanczos": _lanczos}
 
 
 def _settled(values: Tensor, last: Tensor, missed: Tensor, tolerance: float) -> bool:
-    still = bool(((values - last).abs() <= tolerance * values).all())
+    still = bool(((values - last).abs() <= tolerance * values + FLOOR * values[0]).all())
     return still and bool((missed <= tolerance**0.5 * values[0]).all())
 
 
