@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.experiments import evidence
+from lamina.experiments.harness import experiments
 from lamina.verify import LinearInterpreter
 
 
@@ -432,3 +434,10 @@ def test_a_function_with_a_backward_of_its_own_is_looked_into() -> None:
 def test_what_has_no_linear_part_is_refused(function: Callable[[Tensor], Tensor], sentence: str) -> None:
     with pytest.raises(LaminaError, match=sentence):
         LinearInterpreter(Of(function).eval(), draw(1, 4))
+
+
+def test_the_evidence_is_of_every_rule() -> None:
+    behind = evidence.code_hashes(experiments()["linear-interpreter"])
+    assert {
+        f"lamina.verify.linear_scopes.{part}" for part in ("call", "units", "products", "selections", "table")
+    } <= set(behind)

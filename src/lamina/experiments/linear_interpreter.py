@@ -75,7 +75,7 @@ PATCH = 24
     "often decides (digits unconfirmed)",
     bar="lost(ours) >= 0.20 and lost(baseline) <= 0.0, 3 seeds",
     seeds=(0, 1, 2),
-    budget="6m",
+    budget="10m",
 )
 def run(seed: int, device: torch.device) -> Measurement:
     """Train the net with biases and without, and the super-resolution net; take their linear systems apart."""

@@ -13,7 +13,8 @@ from lamina.batches import TARGETS, Batch, bare, call, logits
 from lamina.errors import LaminaError, nearest
 from lamina.probe import first_tensor
 from lamina.verify._frozen_pass import FrozenPass, UserScope
-from lamina.verify.linear_scopes import Rule, Settings, name_of
+from lamina.verify.linear_scopes.call import Rule, Settings
+from lamina.verify.linear_scopes.table import name_of
 
 Rules = Mapping[Any, UserScope]
 """Module type, or torch function -> scope."""

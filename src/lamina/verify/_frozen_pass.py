@@ -21,8 +21,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lamina import probe
 from lamina.errors import LaminaError
-from lamina.verify import linear_scopes as scopes
-from lamina.verify.linear_scopes import Call, NoRuleError, Settings
+from lamina.verify.linear_scopes import table
+from lamina.verify.linear_scopes.call import Call, NoRuleError, Settings, put_together, take_apart
+from lamina.verify.linear_scopes.selections import tangent
+from lamina.verify.linear_scopes.units import STRAIGHT
 
 UserScope = Callable[[Callable[..., Any], Tensor, Tensor, Callable[..., Tensor]], Tensor]
 """(unit, part0, part1, affine) -> part 1 of the unit's output."""
@@ -84,7 +86,7 @@ class FrozenPass(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside_scope:
             return func(*args, **kwargs)
-        leaves, spec = scopes.take_apart(args, kwargs)
+        leaves, spec = take_apart(args, kwargs)
         moving = {i: p for i, x in enumerate(leaves) if isinstance(x, Tensor) and (p := self.part1(x)) is not None}
         if not moving:
             return self._undisturbed(func, args, kwargs, leaves)
@@ -95,7 +97,7 @@ class FrozenPass(TorchFunctionMode):
     ) -> Any:
         """Run what does not depend on the probe; what is computed from decisions is one."""
         chosen = any(isinstance(x, Tensor) and x in self.decided for x in leaves)
-        if chosen and scopes.name_of(func) in scopes.CONTROL:
+        if chosen and table.name_of(func) in table.CONTROL:
             self._refuse_control(func)
         result = func(*args, **kwargs)
         if chosen:
@@ -111,12 +113,12 @@ class FrozenPass(TorchFunctionMode):
         spec: Any,
         moving: dict[int, Tensor],
     ) -> Any:
-        name = scopes.name_of(func)
-        if name in scopes.CONTROL:
+        name = table.name_of(func)
+        if name in table.CONTROL:
             self._refuse_control(func)
         if isinstance(kwargs.get("out"), Tensor) or name == "__set__":
             raise LaminaError(f"{self._call(func)} writes into a tensor that was there before: this cannot be followed")
-        written = leaves[0] if scopes.in_place(func, args, kwargs) else None
+        written = leaves[0] if table.in_place(func, args, kwargs) else None
         if written is not None:
             if 0 not in moving:
                 moving = {0: self._make_room(written), **moving}
@@ -124,9 +126,9 @@ class FrozenPass(TorchFunctionMode):
             before = leaves[0].detach() if name == "relu" else leaves[0].detach().clone()
             leaves = [before, *leaves[1:]]
         result = func(*args, **kwargs)
-        if written is None and (_tensorless(result) or result is leaves[0] or name in scopes.NEW):
+        if written is None and (_tensorless(result) or result is leaves[0] or name in table.NEW):
             return result
-        args, kwargs = scopes.put_together(leaves, spec)
+        args, kwargs = put_together(leaves, spec)
         straight = {i for i in moving if leaves[i] in self.straight}
         target = None if written is None else 0
         call = Call(func, name, args, kwargs, leaves, spec, moving, straight, self.settings, target)
@@ -141,14 +143,14 @@ class FrozenPass(TorchFunctionMode):
         name = call.name
         if name in self.functions:
             return self._by_user(call, self.functions[name])
-        if name in scopes.CONSTANT:
+        if name in table.CONSTANT:
             return _nothing(call.result)
-        if name in scopes.DROPOUT:
+        if name in table.DROPOUT:
             if not call.at(2, "training", call.kwargs.get("train", False)):
                 return call.probes[0]
             raise LaminaError(f"{self._call(call.function)} drops at random although the model is in evaluation mode")
-        reason = ", it gives whole numbers" if name in scopes.ROUNDING else ""
-        scope = None if reason else scopes.SCOPES.get(name)
+        reason = ", it gives whole numbers" if name in table.ROUNDING else ""
+        scope = None if reason else table.SCOPES.get(name)
         if scope is not None:
             try:
                 part1 = scope(call)
@@ -169,7 +171,7 @@ class FrozenPass(TorchFunctionMode):
         warnings.warn(f"{where} has no linear rule{reason}: its tangent at x0 is taken", stacklevel=4)
         self.unknown.append(where)
         try:
-            return scopes.tangent(call)
+            return tangent(call)
         except NoRuleError as error:
             raise LaminaError(f"there is no linear rule for {where}{reason}, {error}") from error
 
@@ -204,13 +206,13 @@ class FrozenPass(TorchFunctionMode):
             if not (value.is_floating_point() or value.is_complex()):
                 raise LaminaError(f"{self._call(call.function)} makes whole numbers of what depends on the input")
             self.probes[value] = moved
-            if call.name in scopes.STRAIGHT:
+            if call.name in STRAIGHT:
                 self.straight[value] = True
 
     def _write(self, before: Tensor, target: Tensor, written: Tensor, part1: Tensor | None) -> None:
         """Change the probe of a tensor as that was changed, in place, so that its views change as well."""
         if part1 is None:
-            part1 = self._spread(target)
+            part1 = self.settings.spread(target)
         if before.shape == target.shape:
             try:
                 written.copy_(part1)
@@ -228,17 +230,13 @@ class FrozenPass(TorchFunctionMode):
         """Give a constant that is about to be written into a part 1 of its own, and so what it is a view of."""
         base = target._base if target._is_view() else None
         if base is None:
-            self.probes[target] = self._spread(target)
+            self.probes[target] = self.settings.spread(target)
         else:
-            self.probes[base] = self._spread(base)
+            self.probes[base] = self.settings.spread(base)
             with torch.set_grad_enabled(self.differentiable):
                 self.probes[target] = _same_view(self.probes[base], target, self.settings.count)
         found: Tensor = self.probes[target]
         return found
-
-    def _spread(self, value: Tensor) -> Tensor:
-        value = value.detach()
-        return value.clone() if self.settings.count is None else torch.stack([value] * self.settings.count)
 
     def _decide(self, result: Any) -> None:
         for value in pytree.tree_leaves(result):

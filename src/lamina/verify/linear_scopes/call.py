@@ -31,6 +31,11 @@ class Settings:
     watch: bool = False
     """Keep the largest gain of every unit."""
 
+    def spread(self, value: Tensor) -> Tensor:
+        """Return a constant as the part 1 of every probe, a copy."""
+        value = value.detach()
+        return value.clone() if self.count is None else value.repeat(self.count, *[1] * value.dim())
+
 
 @dataclass
 class Call:
@@ -90,7 +95,7 @@ class Call:
         if self.target is not None and self.target not in chosen:
             # What is written into must have room for every probe.
             chosen.append(self.target)
-            given.append(self.spread(self.leaves[self.target]))
+            given.append(self.settings.spread(self.leaves[self.target]))
         return self.over(lambda *probes: self.run(dict(zip(chosen, probes, strict=True)), pick), *given)
 
     def over(self, run: Callable[..., Any], *probes: Tensor) -> Any:
@@ -107,11 +112,6 @@ class Call:
             each = [pytree.tree_flatten(run(*one)) for one in zip(*probes, strict=True)]
             stacked = [torch.stack(values) for values in zip(*(leaves for leaves, _ in each), strict=True)]
             return pytree.tree_unflatten(stacked, each[0][1])
-
-    def spread(self, value: Tensor) -> Tensor:
-        """Return a constant as the part 1 of every probe, a copy."""
-        value = value.detach()
-        return value.clone() if self.settings.count is None else value.repeat(self.settings.count, *[1] * value.dim())
 
     def affine(self, gain: Tensor, constant: Tensor | None = None, position: int = 0) -> Tensor:
         """Return gain * part1 + constant."""
