@@ -41,7 +41,7 @@ def test_the_page_and_its_arrays_are_those_of_the_interpreter(tmp_path: Path) ->
     torch.testing.assert_close(arrays["votes"], torch.cat([system.contributions(3), system.contributions(1)]))
     strongest = system.contributions(3).abs().flatten().topk(2).indices.tolist()
     torch.testing.assert_close(arrays["columns"], torch.cat([system.column(j) for j in strongest]))
-    torch.testing.assert_close(arrays["singular_values"], torch.linalg.svdvals(system.matrix())[:2])
+    torch.testing.assert_close(arrays["singular_values"].float(), torch.linalg.svdvals(system.matrix())[:2])
     assert arrays["left"].shape == (2, 5)
     assert arrays["right"].shape == (2, 1, 6, 6)
     torch.testing.assert_close(arrays["bias"], system.bias[0])
@@ -55,6 +55,26 @@ def test_the_page_and_its_arrays_are_those_of_the_interpreter(tmp_path: Path) ->
     assert "<td>1 (ReLU)</td><td>relu</td><td>1</td>" in text
     assert "&lt;b&gt;odd" in text
     assert "src=" not in text.replace('src="data:image/png;base64', "")
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_arrays"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")]
+)
+def test_arrays_keep_the_precision_of_the_model(of_model: str, of_arrays: str, tmp_path: Path) -> None:
+    dtype = getattr(torch, of_model)
+    explain(conv_net().to(dtype), torch.rand(1, 1, 6, 6, dtype=dtype), tmp_path)
+    assert {np.load(p).dtype for p in tmp_path.glob("*.npy")} == {np.dtype(of_arrays)}
+
+
+@pytest.mark.parametrize(("shown", "computed"), [((True, True), 3), ((False, True), 1), ((False, False), 0)])
+def test_only_rows_that_are_read_are_computed(
+    shown: tuple[bool, bool], computed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    row = LinearInterpreter.row
+    monkeypatch.setattr(LinearInterpreter, "row", lambda self, i: asked.append(i) or row(self, i))
+    explain(conv_net(), torch.rand(1, 1, 6, 6), tmp_path, rows=shown[0], columns=shown[1])
+    assert len(asked) == computed
 
 
 def test_of_an_image_the_middle_an_edge_and_a_flat_place_are_shown(tmp_path: Path) -> None:
@@ -105,9 +125,13 @@ def test_the_command_explains_a_saved_model_on_a_picture(
     assert -1 <= float(x.min()) < -0.5
     assert x.max() <= 1
     rows = torch.from_numpy(np.load(tmp_path / "explain" / "rows.npy"))
-    torch.testing.assert_close(rows, LinearInterpreter(model, x[None]).row(2))
+    # With singular triples everything is computed, and kept, in float64.
+    torch.testing.assert_close(rows, LinearInterpreter(model.double(), x[None]).row(2), rtol=1e-12, atol=1e-14)
     assert (tmp_path / "explain" / "left.npy").exists()
     assert not (tmp_path / "explain" / "columns.npy").exists()
+    # Without a word about what to show: all of it.
+    run("explain", tmp_path / "model", tmp_path / "a.png", "--size", 8, "--out", tmp_path / "all")
+    assert {p.stem for p in (tmp_path / "all").glob("*.png")} == {"input", "rows", "columns"}
     # A folder may say how its model wants its pictures.
     said = {"size": {"height": 6, "width": 6}, "image_mean": [0.0, 0.0, 0.0], "image_std": [2.0, 2.0, 2.0]}
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(said), encoding="utf-8")

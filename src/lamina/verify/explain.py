@@ -16,7 +16,7 @@ from lamina.batches import Batch
 from lamina.errors import LaminaError, ShapeError
 from lamina.verify._frozen_model import Rules
 from lamina.verify.linear_interpreter import LinearInterpreter
-from lamina.verify.linear_scopes import Rule
+from lamina.verify.linear_scopes.call import Rule
 
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -72,7 +72,8 @@ def explain(
     """Write `explain.html` with its pictures (PNG) and arrays (.npy) into a folder; return the page's path.
 
     Arrays: `input`, `output`, `bias`; `rows` and `votes` (one an output shown), `columns` (one an input shown),
-    `singular_values`, `left`, `right`. The page itself needs no other file.
+    `singular_values`, `left`, `right` (float64); the others in the model's precision, float32 at least. The page itself
+    needs no other file.
 
     Args:
         x0: one input, as of `LinearInterpreter`; so are rule, strict, rules.
@@ -96,7 +97,7 @@ def explain(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array.detach().float().cpu().numpy(), allow_pickle=False)
+        np.save(folder / f"{name}.npy", _wide(array).numpy(), allow_pickle=False)
     pictures = {name: _png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
         (folder / f"{name}.png").write_bytes(picture)
@@ -112,10 +113,12 @@ def _collect(
     x, y = _single(system.x0), _single(system.output)
     arrays = {"input": x, "output": y, "bias": _single(system.bias)}
     figures = {"input": _figure([[("input", x), ("output", y)]])}
-    filters = torch.stack([_single(system.row(i)) for i in chosen])
-    votes = filters * x
+    # Columns are chosen by the votes for the first output.
+    looked = chosen if rows else chosen[:1] if columns else ()
+    filters = [_single(system.row(i)) for i in looked]
+    votes = [f * x for f in filters]
     if rows:
-        arrays |= {"rows": filters, "votes": votes}
+        arrays |= {"rows": torch.stack(filters), "votes": torch.stack(votes)}
         names = [_place(i, y) for i in chosen]
         figures["rows"] = _figure(
             [[(f"row of {n}", f), (f"votes for {n}", v)] for n, f, v in zip(names, filters, votes, strict=True)]
@@ -180,6 +183,11 @@ def _place(index: int, like: Tensor) -> str:
     if like.dim() < 2:
         return str(index)
     return str(tuple(int(i) for i in np.unravel_index(index, tuple(like.shape))))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return numbers that numpy knows as they are; half precision in float32."""
+    return x.detach().cpu().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _single(x: Tensor) -> Tensor:
