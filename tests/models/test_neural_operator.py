@@ -150,6 +150,25 @@ def test_a_cell_that_never_changes_is_no_division_by_zero() -> None:
     assert model(torch.ones(1, 1, 6, 6))[:, :, 0].abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("per_cell", [False, True])
+def test_every_channel_has_units_of_its_own(per_cell: bool) -> None:
+    x = fields(8, 3, 6, 6).double()
+    x[:, 1] *= 1e-8  # Pascals beside fractions: its deviation is far below that of the others.
+    x[:, 2] = 0.1
+    model = mgno(in_channels=3)
+    model.fit_normalizer([{"inputs": part, "targets": x[:4, :1]} for part in x.split(4)], per_cell=per_cell)
+    scale = model.units.input_scale
+    torch.testing.assert_close(
+        model.units.encode(x)[:, 1].std(correction=0), torch.tensor(1.0).double(), rtol=1e-4, atol=0
+    )
+    assert (scale[2] == 1).all()
+    if per_cell:
+        x[:, 0, 0] = 2.0
+        model.fit_normalizer([{"inputs": x, "targets": x[:, :1]}], per_cell=True)
+        scale = model.units.input_scale[0]
+        torch.testing.assert_close(scale[0], 1e-5 * scale.max().expand(6))
+
+
 def test_fitted_units_are_saved_and_loaded_whatever_their_shape(tmp_path: Path) -> None:
     batches = [{"inputs": fields(4, 1, 6, 7), "targets": fields(4, 1, 6, 7, seed=1)}]
     for per_cell in (False, True):
@@ -173,6 +192,12 @@ def test_units_are_float32_where_the_network_is_not() -> None:
     assert 0 < (y - model(x)).abs().max() < 0.1
     assert copy.deepcopy(model).double()(x.double()).dtype is torch.float64
     assert copy.deepcopy(model).bfloat16()(x.bfloat16()).dtype is torch.bfloat16
+    # 1001 is 1000 in bf16.
+    shifted = mgno(output_shift=1001.0).bfloat16()
+    assert shifted.units.output_shift == 1001.0
+    assert shifted.units.output_shift.dtype is torch.float32
+    assert shifted.head.weight.dtype is torch.bfloat16
+    assert shifted.double().units.output_shift.dtype is torch.float64
 
 
 def test_another_grid_than_the_one_trained_on_is_warned_about_once() -> None:
@@ -189,6 +214,42 @@ def test_another_grid_than_the_one_trained_on_is_warned_about_once() -> None:
         with pytest.warns(UserWarning, match=r"trained on a grid of \(8, 8\) and runs on \(16, 16\)"):
             assert one(fields(1, 1, 16, 16)).shape == (1, 1, 16, 16)
         one(fields(1, 1, 16, 16))
+
+
+def test_the_grid_is_read_once_and_again_after_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other, x = mgno(), mgno(), fields(1, 1, 8, 8)
+    read: list[Tensor] = []
+    known = Tensor.tolist
+
+    def tolist(self: Tensor) -> object:
+        read.append(self)
+        return known(self)
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    for _ in range(3):
+        model(x)
+    assert len(read) == 1
+    model.train()(x)
+    model.eval()(x)
+    assert len(read) == 1
+    other.fit_normalizer([{"inputs": fields(2, 1, 12, 12), "targets": fields(2, 1, 12, 12)}])
+    model.load_state_dict(other.state_dict())
+    with pytest.warns(UserWarning, match=r"trained on a grid of \(12, 12\) and runs on \(8, 8\)"):
+        model(x)
+    with pytest.warns(UserWarning, match=r"trained on a grid of \(12, 12\)"):
+        other(x)
+    other.told = False
+    other.fit_normalizer([{"inputs": x.expand(2, 1, 8, 8) * fields(2, 1, 1, 1), "targets": fields(2, 1, 8, 8)}])
+    other(x)
+
+
+def test_planes_come_out_as_they_went_in() -> None:
+    model, x = mgno(in_channels=2, out_channels=3), fields(2, 2, 8, 8)
+    assert model(x).view(2, -1).shape == (2, 192)
+    seen: list[Tensor] = []
+    model.layers[1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(x)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("boundary", ["dirichlet", "periodic", "neumann"])

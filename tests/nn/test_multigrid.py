@@ -267,6 +267,14 @@ def test_shapes_are_kept_and_parameters_do_not_depend_on_the_size_unless_it_is_n
         assert kernels == [tuple(3 if n % 2 else 4 for n in s) if bound else (4, 4) for s in sizes]
 
 
+def test_planes_keep_their_format() -> None:
+    w, f = cycle(3, 2, ((1, 0), (1, 1))), fields(2, 3, 8, 8)
+    assert w(f).view(2, -1).shape == (2, 128)
+    found = w(f.contiguous(memory_format=torch.channels_last))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, w(f))
+
+
 @pytest.mark.parametrize("dim", [1, 3])
 def test_lines_and_volumes(dim: int) -> None:
     w = cycle(1, 2, ((1, 0), (1, 1)), dim=dim, padding_mode="circular")

@@ -6,22 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lamina.errors import LaminaError, ShapeError
+from lamina.nn._kept_float32 import KeptFloat32, wide
 
 Number = float | Sequence[float] | Tensor | None
 """One for all, one a channel, or a field (channels, *grid); None = leave the fields as they are."""
 
 NAMES = ("input_shift", "input_scale", "output_shift", "output_scale")
 SMALLEST = 1e-5
-"""A scale below this share of the largest is raised to it: a cell that never changes has a deviation of 0."""
+"""A cell's scale below this share of its channel's largest is raised to it: one that never changes has none."""
 
 
-class PhysicalUnits(nn.Module):
+class PhysicalUnits(KeptFloat32):
     """Shifts and scales of inputs and outputs, as buffers, in float32 (float64 where the fields are).
 
-    The buffers take the shape of what is loaded into them.
+    They stay so where the model is made bfloat16 or half. The buffers take the shape of what is loaded into them.
     """
 
     input_shift: Tensor
@@ -39,11 +40,11 @@ class PhysicalUnits(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Turn physical inputs into the network's: (x - shift) / scale."""
-        return ((_wide(x) - self.input_shift) / self.input_scale).to(x.dtype)
+        return ((wide(x) - self.input_shift) / self.input_scale).to(x.dtype)
 
     def decode(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Turn the network's outputs into physical ones: y * scale + shift."""
-        return (_wide(y) * self.output_scale + self.output_shift).to(dtype)
+        return (wide(y) * self.output_scale + self.output_shift).to(dtype)
 
     def fit(self, batches: Iterable[Mapping[str, Any]], *, per_cell: bool) -> tuple[int, ...]:
         """Take the mean and standard deviation of `inputs` and `targets`; return the grid.
@@ -122,9 +123,8 @@ class _Moments:
         scale = (self.squares / self.count).sqrt()
         if not bool(scale.isfinite().all()):
             raise LaminaError(f"{name} has numbers that are not finite: the normaliser would spread them everywhere")
-        largest = float(scale.max())
-        return self.mean, scale.clamp(min=SMALLEST * largest) if largest > 0 else torch.ones_like(scale)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        each = [-1, *[1] * (scale.dim() - 1)]
+        largest, size = (v.abs().reshape(len(v), -1).amax(1).reshape(each) for v in (scale, self.mean))
+        # What float32 cannot tell from the mean is a channel that never changes, whatever the sums left of it.
+        changes = largest > torch.finfo(torch.float32).eps * size
+        return self.mean, torch.where(changes, torch.maximum(scale, SMALLEST * largest), 1.0)

@@ -42,6 +42,7 @@ class NeuralOperator(nn.Module):
         # Zeros: not known yet.
         self.register_buffer("trained_grid", torch.zeros(dim, dtype=torch.int64))
         self.told = self.recorded = False
+        self._known_grid: tuple[int, ...] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map fields (B, in_channels, *grid) to fields (B, out_channels, *grid), both in physical units."""
@@ -62,8 +63,16 @@ class NeuralOperator(nn.Module):
             LaminaError: no batch, numbers that are not finite.
         """
         grid = self.units.fit(batches, per_cell=per_cell)
-        self.trained_grid.copy_(torch.tensor(grid))
+        self._record(grid)
         self.recorded = True
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        super()._load_from_state_dict(*given)
+        self._known_grid = None
+
+    def _record(self, grid: tuple[int, ...]) -> None:
+        self.trained_grid.copy_(torch.tensor(grid))
+        self._known_grid = grid
 
     def _check_fields(self, x: Tensor) -> None:
         if x.dim() != self.dim + 2 or x.shape[1] != self.in_channels or not x.is_floating_point():
@@ -85,11 +94,14 @@ class NeuralOperator(nn.Module):
             or (self.recorded if self.training else self.told)
         ):
             return
-        trained = tuple(self.trained_grid.tolist())
+        if self._known_grid is None:
+            # Once: on a GPU to read it is to wait for all that was asked of it.
+            self._known_grid = tuple(self.trained_grid.tolist())
+        trained = self._known_grid
         if self.training:
             self.recorded = True
             if not any(trained):
-                self.trained_grid.copy_(torch.tensor(grid))
+                self._record(grid)
         elif any(trained) and trained != grid:
             self.told = True
             warnings.warn(
@@ -185,7 +197,7 @@ class MgNO(NeuralOperator):
 
     def operate(self, x: Tensor) -> Tensor:
         """Run the layers and the output map."""
-        y: Tensor = self.head(self.layers(x))
+        y: Tensor = self.head(self.layers(channels_together(x))).contiguous()
         return x + y if self.residual_input else y
 
 
@@ -271,6 +283,18 @@ class FNO(NeuralOperator):
         if self.coordinates:
             x = torch.cat((x, coordinates(x)), 1)
         return self.project(self.layers(self.lift(x)))
+
+
+def channels_together(f: Tensor) -> Tensor:
+    """Lay the channels of a plane's cells side by side on the CPU, whose convolutions are a fifth faster so."""
+    if f.dim() != 4 or f.device.type != "cpu":
+        return f
+    # With one channel both layouts are the same numbers in the same order; only a copy has the strides that say which.
+    return (
+        f.clone(memory_format=torch.channels_last)
+        if f.shape[1] == 1
+        else f.contiguous(memory_format=torch.channels_last)
+    )
 
 
 def coordinates(x: Tensor) -> Tensor:

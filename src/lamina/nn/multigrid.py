@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from lamina.errors import RecipeError, ShapeError
@@ -30,7 +29,8 @@ SCHEDULE: Schedule = ((1, 0), (1, 0), (1, 0), (2, 0))
 class MultigridLinear(nn.Module):
     """Linear map of fields that reaches the whole grid: a V-cycle whose operators are learned 3^dim convolutions.
 
-    In place of a convolution whose view is too narrow, or of attention over a grid that is too large for it.
+    In place of a convolution whose view is too narrow, or of attention over a grid that is too large for it. On a CPU
+    planes in torch.channels_last take a fifth less time; the layer leaves the format as it is.
     f (B, in_channels, *grid) -> (B, out_channels, *grid), any grid whose coarsest level keeps 2 cells an axis; a level
     has half the cells of the one above, rounded up. The weights belong to one spacing of the grid: on a finer one the
     map is another. With `bias` or `norm` it is not linear.
@@ -102,7 +102,7 @@ class MultigridLinear(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         """Run one V-cycle on (B, in_channels, *grid)."""
         self._check_field(f)
-        return v_cycle(channels_together(f), cast("list[Level]", list(self.levels)))
+        return v_cycle(f, cast("list[Level]", list(self.levels)))
 
     def extra_repr(self) -> str:
         """Show the sizes."""
@@ -186,18 +186,6 @@ def v_cycle(f: Tensor, levels: Sequence[Level]) -> Tensor:
     for level, (fine, f) in zip(reversed(levels[:-1]), reversed(kept[:-1]), strict=True):
         u = level.correct(fine, u, f)
     return u
-
-
-def channels_together(f: Tensor) -> Tensor:
-    """Lay the channels of a plane's cells side by side on the CPU, whose convolutions are a fifth faster so."""
-    if f.dim() != 4 or f.device.type != "cpu":
-        return f
-    # With one channel both layouts are the same numbers in the same order; only a copy has the strides that say which.
-    return (
-        f.clone(memory_format=torch.channels_last)
-        if f.shape[1] == 1
-        else f.contiguous(memory_format=torch.channels_last)
-    )
 
 
 def schedule_for(grid: Sequence[int], least: int = 4) -> Schedule:

@@ -14,6 +14,8 @@ from torch.nn import Parameter
 
 from lamina.batches import Batch, call, logits
 from lamina.errors import LaminaError, ShapeError
+from lamina.nn._kept_float32 import wide
+from lamina.nn._precision import without_autocast
 from lamina.objectives.objective import Losses, target
 from lamina.registry import register
 
@@ -36,8 +38,8 @@ class _Relative:
         found, wanted = logits(outputs), target(batch, "targets", self.name)
         if found.shape != wanted.shape or found.dim() < 2:
             raise ShapeError(f"{self.name} got outputs {tuple(found.shape)} for targets {tuple(wanted.shape)}")
-        wide = torch.promote_types(found.dtype, torch.float32)
-        found, wanted = found.to(wide), wanted.to(wide)
+        found = wide(found)
+        wanted = wanted.to(found.dtype)
         errors = self.norm(found - wanted) / self.norm(wanted).clamp(min=SMALLEST)
         return {"loss": errors.mean(), "count": torch.tensor(float(len(errors)), device=errors.device)}
 
@@ -114,7 +116,7 @@ class RelativeSobolev(_Relative):
         if fields.dim() < 3:
             raise ShapeError(f"relative_sobolev takes fields (B, channels, *grid), got {tuple(fields.shape)}")
         axes = tuple(range(2, fields.dim()))
-        with torch.autocast(fields.device.type, enabled=False):
+        with without_autocast(fields.device):
             spectrum = torch.view_as_real(torch.fft.fftn(fields, dim=axes, norm="ortho"))
             weights = sobolev_weights(fields.shape[2:], self.order, self.cutoff, fields)
             return torch.linalg.vector_norm((spectrum * weights[..., None]).flatten(1), dim=1)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import RecipeError, ShapeError
+from lamina.nn._kept_float32 import wide
 from lamina.nn._precision import without_autocast
-from lamina.nn.hyper_convolution.coordinate_kernel import CoordinateKernel, Size, size_of, wide
+from lamina.nn.hyper_convolution.coordinate_kernel import CoordinateKernel, Size, size_of
 from lamina.registry import register
 
 Path = Literal["auto", "direct", "fft"]

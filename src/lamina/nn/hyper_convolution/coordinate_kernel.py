@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
+from lamina.nn._kept_float32 import KeptFloat32, wide
 from lamina.nn._precision import without_autocast
 from lamina.registry import register
 
@@ -20,12 +20,13 @@ Size = int | Sequence[int]
 
 
 @register("layer", "coordinate_kernel", source=f"{SOURCE}; Romero et al., CCNN (2022), arXiv 2206.03398 (MAGNet)")
-class CoordinateKernel(nn.Module):
+class CoordinateKernel(KeptFloat32):
     """Values of a kernel at the points of a grid, as a function of their coordinates alone: an implicit kernel.
 
     For any layer that wants a large kernel with few weights, or one kernel at several resolutions. () -> (1,
     out_channels, *size); with a context (B, context, *size) -> (B, out_channels, *size). float32 inside (sines of
-    large arguments), also under autocast; its weights stay float32 where a model is made bfloat16 or half.
+    large arguments), also under autocast; its weights stay float32 where a model is made bfloat16 or half: a frequency
+    rounded to 8 bits is another kernel.
 
     A product of sines and mixed features, layer by layer: z = sin(g_0 p), then z = sin(g_i p) * (M_i z) + a bias of
     each position, i = 1..layers; a linear layer makes the channels. With a context, z is renormalised and multiplied
@@ -117,16 +118,6 @@ class CoordinateKernel(nn.Module):
                 z = renormalize(z) * _linear(context, self.contexts[i])
         return z
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move as torch does, but never below float32: a frequency rounded to 8 bits is another kernel."""
-
-        def kept(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrows = tensor.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            return tensor.to(moved.device) if narrows else moved
-
-        return super()._apply(kept, recurse)
-
     def _checked(self, context: Tensor | None, size: tuple[int, ...]) -> Tensor | None:
         if not self.context:
             if context is not None:
@@ -179,11 +170,6 @@ def size_of(size: Size, dim: int) -> tuple[int, ...]:
     if len(found) != dim or min(found) < 1:
         raise ShapeError(f"a grid of {dim} dimensions has {dim} sizes of at least 1, got {size}")
     return found
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return x in float32 where it is narrower."""
-    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def _linear(x: Tensor, layer: nn.Module) -> Tensor:
