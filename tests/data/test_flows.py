@@ -115,9 +115,21 @@ def test_a_file_of_fields(tmp_path: Path) -> None:
         data.flows(tmp_path / "f.npz", 2, grid=8, inputs="a", targets="u")
 
 
+def test_lines_and_volumes_of_a_file_are_read_as_such(tmp_path: Path) -> None:
+    for dim, shape in ((1, (5, 7)), (1, (5, 2, 7)), (2, (5, 3, 7)), (3, (5, 3, 4, 7)), (3, (5, 2, 3, 4, 7))):
+        np.savez(tmp_path / "f.npz", x=np.zeros(shape), y=np.zeros(shape))
+        found = data.flows(tmp_path / "f.npz", 2, train=3, test=1, dim=dim)
+        channels = shape[1] if len(shape) == dim + 2 else 1
+        assert found.train.batch(torch.arange(3))["inputs"].shape == (3, channels, *shape[-dim:])
+    with pytest.raises(LaminaError, match=r"on grids of 1 axes \(option dim\), got \(5, 2, 3, 4, 7\)"):
+        data.flows(tmp_path / "f.npz", 2, train=3, test=1, dim=1)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"source": "darcy", "dim": 1}, "dim is for files"),
+        ({"dim": 4}, "dim must be 1, 2 or 3, got 4"),
         ({"source": "burger"}, "there is no 'burger'"),
         ({"grid": 3}, "grid must be at least 4, got 3"),
         ({"train": 0}, "train must be at least 1"),

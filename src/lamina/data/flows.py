@@ -34,6 +34,7 @@ def flows(
     test: int = 100,
     seed: int = 0,
     boundary: Boundary = "dirichlet",
+    dim: Literal[1, 2, 3] = 2,
     inputs: str = "x",
     targets: str = "y",
 ) -> Data:
@@ -51,6 +52,8 @@ def flows(
         test: rows of the evaluation; 0 = none.
         seed: of the random fields; of a file: of which rows are for what.
         boundary: of "poisson".
+        dim: axes of the grid of a file: says whether arrays of dim + 1 dimensions have no channels. What is solved here
+            is of planes.
         inputs, targets: names of the arrays of a file.
     Raises:
         LaminaError: no such source or file, a file with too few rows, a grid below 4, a boundary or grid that the
@@ -58,10 +61,14 @@ def flows(
     """
     if train < 1 or test < 0:
         raise LaminaError(f"train must be at least 1 and test not negative, got {train} and {test}")
+    if dim not in (1, 2, 3):
+        raise LaminaError(f"dim must be 1, 2 or 3, got {dim}")
     kind = str(source)
     if boundary != "dirichlet" and kind != "poisson":
         raise LaminaError(f"boundary is for source 'poisson'; {kind!r} has the one it has")
     if kind in ("darcy", "poisson"):
+        if dim != 2:
+            raise LaminaError(f"dim is for files; {kind!r} is solved on planes, dim 2")
         side = 32 if grid is None else grid
         if side < 4:
             raise LaminaError(f"grid must be at least 4, got {side}")
@@ -71,7 +78,7 @@ def flows(
         if grid is not None:
             raise LaminaError(f"grid is for what is solved here ('darcy', 'poisson'); the file {kind!r} has its own")
         path = existing(source, "the file of fields (there are also 'darcy' and 'poisson')")
-        fields = _chosen([channels_first(a) for a in npz(path, [inputs, targets])], train + test, seed, path)
+        fields = _chosen([channels_first(a, dim) for a in npz(path, [inputs, targets])], train + test, seed, path)
     return from_fields(fields[0][:train], fields[1][:train], fields[0][train:], fields[1][train:], batch, "flows")
 
 
@@ -83,12 +90,17 @@ def from_fields(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, batch: int
     return Data(Columns({"inputs": x, "targets": y}), held, batch, sizes, name)
 
 
-def channels_first(values: Array) -> Tensor:
-    """Return fields (N, channels, *grid) in float32; fields of a plane without channels (N, H, W) get one."""
+def channels_first(values: Array, dim: int = 2) -> Tensor:
+    """Return fields on grids of `dim` axes as (N, channels, *grid) in float32; those without channels get one.
+
+    Raises:
+        LaminaError: neither (N, *grid) nor (N, channels, *grid).
+    """
     found = torch.from_numpy(np.ascontiguousarray(values)).float()
-    if found.dim() < 2:
-        raise LaminaError(f"fields must be (N, *grid) or (N, channels, *grid), got {tuple(found.shape)}")
-    return found[:, None] if found.dim() < 4 else found
+    if found.dim() not in (dim + 1, dim + 2):
+        given = f"on grids of {dim} axes (option dim), got {tuple(found.shape)}"
+        raise LaminaError(f"fields must be (N, *grid) or (N, channels, *grid) {given}")
+    return found[:, None] if found.dim() == dim + 1 else found
 
 
 def darcy_flow(count: int, grid: int, seed: int) -> tuple[Tensor, Tensor]:
