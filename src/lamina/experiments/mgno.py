@@ -30,9 +30,10 @@ where LAMINA_DATA has it) MgNO against the FNO of 6 modes at 16 x 16; the same n
 32 x 32 (`zero_shot`), and their 16 x 16 answers interpolated to 32 x 32 (`interpolated`).
 
 What was found: `reproduced`: 2.70 % against 3.91 % (2.97 / 4.35, 2.52 / 3.65, 2.61 / 3.73 by seed), 0.69 times the
-FNO's error at 0.58 of its parameters, and 0.66 times that of the FNO with as many (4.10 %). neuraloperator's own FNO,
-trained the same way with one seed, gave 4.7 % with 116,050 parameters and with 224,121. One level of one step, which
-sees 7 x 7 cells (5,344 parameters), stays at 31 %. Between training and test lie 0.5 points for MgNO, 0.6 for the FNO.
+FNO's error at 0.58 of its parameters, and 0.66 times that of the FNO with as many (4.10 %). neuraloperator's own FNO
+(116,050 parameters), trained the same way with one seed, gave 4.3 % (`benchmarks/mgno.py`). One level of one step,
+which sees 7 x 7 cells (5,344 parameters), stays at 31 %. Between training and test lie 0.5 points for MgNO, 0.6 for the
+FNO.
 The textbook cycle contracts by 0.60, 0.37, 0.24 and 0.19, at 128 x 128 as at 32 x 32 (0.004 apart at most). On the
 published data at 16 x 16: 9.1 % against 10.5 %.
 
