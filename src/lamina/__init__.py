@@ -5,7 +5,8 @@ anatomy, probe, lineage     look into any model; follow a parameter through a re
 nn, data, optim, gradients  the parts: layers, data sets, optimizers, reducers
 models, objectives, rewrite whole networks, what is minimised, passes over models
 io, parallel                save and load; place on devices
-train, verify               the loop; look behind what a model does
+train                       the loop
+search, verify              train the points of a space; look behind what a model does
 experiments, cli            the evidence, the command line
 """
 
@@ -24,7 +25,7 @@ __version__ = "0.1.0"
 _LAZY = {"load": "lamina.io", "save": "lamina.io", "build": "lamina.recipe"}
 _PACKAGES = (
     "anatomy batches data errors experiments gradients io lineage models nn objectives optim "
-    "parallel probe recipe registry rewrite train verify"
+    "parallel probe recipe registry rewrite search train verify"
 ).split()
 
 

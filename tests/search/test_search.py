@@ -99,17 +99,23 @@ def test_every_divisor_runs_once_a_seed_and_finished_trials_never_again(
     recipe = load(tmp_path / "planted.yaml")
     first = search(recipe, trials=2)
     assert [f.name for f in trained] == ["000", "001"]
-    # Killed in the third trial: its folder is begun, its row is not written.
-    begun = tmp_path / "runs/planted-search/trials/002"
-    begun.mkdir()
-    (begun / "recipe.yaml").write_text("")
-    monkeypatch.setattr(run_module, "train", lambda *_, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    # Killed as the third trial is trained, and its row is half written.
+    results = tmp_path / "runs/planted-search/results.jsonl"
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         search(recipe)
-    (begun / "recipe.yaml").unlink()
+    monkeypatch.undo()
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with results.open("a") as file:
+        file.write('{"number": 2, "chos')
     monkeypatch.setattr(run_module, "train", counted)
     trials = search(recipe)
-    assert [f.name for f in trained] == ["000", "001", "002", "003"]
+    assert [f.name for f in trained] == ["000", "001", "002", "002", "003"]
     assert trials[:2] == first
     assert [t.chosen for t in trials] == [
         {"model.depth": depth, "train.seed": seed} for depth in (2, 1) for seed in (0, 1)
@@ -127,7 +133,7 @@ def test_every_divisor_runs_once_a_seed_and_finished_trials_never_again(
     rows = summaries(trials)
     assert [(r.chosen["model.depth"], r.trials) for r in rows] == [(2, 2), (1, 2)]
     assert search(recipe) == trials
-    assert len(trained) == 4
+    assert len(trained) == 5
 
 
 def trial(number: int, accuracy: float | None, cost: float, **chosen: Any) -> Trial:
@@ -217,6 +223,12 @@ def test_any_transformer_recipe_opens_to_its_aspect_ratios(node: dict[str, Any],
         (Choice("oneof", ["transformer", "resnet18"]), "the model is a choice itself"),
         ({"name": "transformer", "mixer": "hopfield", "causal": False}, "would change nothing|ties the width"),
         ({"name": "hugging_face", "config": {"model_type": "bert"}}, "BertConfig has no head_dim"),
+        (
+            {"name": "transformer", "mixer": {"name": "attention", "heads": 2}},
+            "model.mixer.heads: --aspect-ratios changes",
+        ),
+        ({"name": "transformer", "mixer": {"name": "attention", "kv_heads": 2}}, "the kv_heads of the model"),
+        ({"name": "hugging_face", "config": {"model_type": "lama"}}, "no model_type is called 'lama'; did you mean"),
         ({"name": "hugging_face", "path": "somewhere"}, "loaded from a folder has its aspect ratio"),
     ],
 )

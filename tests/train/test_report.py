@@ -103,7 +103,7 @@ def test_the_same_run_gives_the_same_bytes(folder):
 
 def test_curves_hold_the_numbers(monkeypatch):
     seen = {}
-    monkeypatch.setattr(report, "_svg", lambda figure: seen.setdefault("figure", figure) and "")
+    monkeypatch.setattr(report, "svg_of", lambda figure: seen.setdefault("figure", figure) and "")
     report.curves(ROWS)
     loss, lr, speed = seen["figure"].axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 5.0], [10, 3.0]]

@@ -75,9 +75,16 @@ def test_evaluation_is_the_mean_over_the_whole_set(tmp_path) -> None:
     run = trainer(tmp_path, on=on, evaluate_every=6).fit()
     batch = on.evaluation.batch(torch.arange(len(on.evaluation)))
     with torch.no_grad():
-        expected = nn.functional.cross_entropy(run.model(batch["inputs"]), batch["labels"])
+        outputs = run.model(batch["inputs"])
+        expected = nn.functional.cross_entropy(outputs, batch["labels"])
     assert run.evaluation == pytest.approx(expected.item(), rel=1e-6)
-    assert [r["step"] for r in numbers(tmp_path) if r["event"] == "evaluation"] == [6, 12]
+    real = batch["labels"] != -100
+    right = (outputs.argmax(-1) == batch["labels"])[real].double().mean()
+    assert 0 < real.sum() < real.numel()
+    assert run.measured == {"accuracy": pytest.approx(right.item(), rel=1e-6)}
+    rows = [r for r in numbers(tmp_path) if r["event"] == "evaluation"]
+    assert [r["step"] for r in rows] == [6, 12]
+    assert rows[-1]["accuracy"] == run.measured["accuracy"]
 
 
 class Poisoned(nn.Module):

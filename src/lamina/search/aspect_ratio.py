@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lamina.errors import RecipeError, require
+from lamina.errors import RecipeError, nearest, require
 from lamina.models import aspect_ratios
 from lamina.recipe import Choice, Recipe, check, open_choice
 from lamina.registry import find
@@ -54,6 +54,9 @@ def _of_sizes(node: Mapping[str, Any], options: Mapping[str, Any]) -> list[dict[
     depth, heads = node["depth"], node["heads"]
     mixer = node.get("mixer", "attention")
     mixer = {"name": mixer} if isinstance(mixer, str) else dict(mixer)
+    for name in ("heads", "kv_heads"):
+        if mixer.get(name) is not None:
+            raise RecipeError(f"model.mixer.{name}: --aspect-ratios changes the {name} of the model: give them there")
     size = node.get("head_width") or mixer.get("head_width") or node["width"] // heads
     if "head_width" in options:
         apart: dict[str, Any] = {"head_width": size}
@@ -75,9 +78,10 @@ def _of_config(node: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(config, Mapping):
         raise RecipeError("model: a model loaded from a folder has its aspect ratio already: give a config")
     _closed(config, tuple(config))
-    made = require("transformers", "hf").CONFIG_MAPPING[config["model_type"]](
-        **{k: v for k, v in config.items() if k != "model_type"}
-    )
+    kinds, kind = require("transformers", "hf").CONFIG_MAPPING, str(config.get("model_type"))
+    if kind not in kinds:
+        raise RecipeError(f"model.config: no model_type is called {kind!r}{nearest(kind, kinds)}")
+    made = kinds[kind](**{k: v for k, v in config.items() if k != "model_type"})
     known = inspect.signature(type(made)).parameters
     if "head_dim" not in known or not hasattr(made, "num_hidden_layers"):
         raise RecipeError(f"model: {type(made).__name__} has no head_dim: it ties the heads to the width")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lamina.batches import Batch, call, to_device
-from lamina.data import Data, one_pass
+from lamina.data import Data
 
 
 def rows_of(data: Data, count: int) -> Batch:
@@ -60,24 +59,6 @@ def peak_bytes(model: nn.Module, batch: Batch) -> int:
         }
         call(model, batch)
     return weights + live.peak
-
-
-@torch.no_grad()
-def logged(model: nn.Module, objective: Any, data: Data) -> dict[str, float]:
-    """Return what an objective logs beside the loss (accuracy), its mean over the evaluation set, weighted by count."""
-    if data.evaluation is None:
-        return {}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    sums: dict[str, float] = {}
-    total = 0.0
-    for batch in one_pass(data.evaluation, data.batch):
-        losses: Mapping[str, Tensor] = objective(model, to_device(batch, device))
-        count = float(losses["count"])
-        total += count
-        for name, value in losses.items():
-            if name not in ("loss", "count"):
-                sums[name] = sums.get(name, 0.0) + float(value) * count
-    return {name: value / total for name, value in sums.items()} if total else {}
 
 
 class _Live(TorchDispatchMode):

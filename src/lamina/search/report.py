@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lamina.search.trial import Summary, Trial, summaries
+from lamina.train.report import figure_of, svg_of
 
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -99,11 +99,8 @@ def write(folder: Path, trials: Sequence[Trial]) -> Path:
 
 def front(rows: Sequence[Summary]) -> str:
     """Draw score against latency and parameters as SVG, the rows that nothing dominates joined by a line."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     good = [r for r in rows if r.score is not None]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = figure_of(9, 3.6)
     for axis, cost, label in zip(
         figure.subplots(1, 2, sharey=True), ("latency_1", "parameters"), ("seconds, batch 1", "parameters"), strict=True
     ):
@@ -116,11 +113,7 @@ def front(rows: Sequence[Summary]) -> str:
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("score")
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "lamina"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
+    return svg_of(figure)
 
 
 def _table(trials: Sequence[Trial]) -> tuple[list[str], list[tuple[list[str], bool]]]:

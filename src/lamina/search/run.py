@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lamina.data import Data
 from lamina.errors import LaminaError
-from lamina.recipe import Recipe, build, check, dump, objectives
+from lamina.recipe import Recipe, build, check, dump
 from lamina.search import report
-from lamina.search.measure import latency, logged, peak_bytes, rows_of
+from lamina.search.measure import latency, peak_bytes, rows_of
 from lamina.search.space import Point
 from lamina.search.trial import Trial
 from lamina.train.metrics import Metrics, read
 from lamina.train.outcome import Run, count
-from lamina.train.run import train
+from lamina.train.run import train, write_recipe
 
 RECIPE, RESULTS, TRIALS = "recipe.yaml", "results.jsonl", "trials"
 """What a search's folder holds, beside the report."""
@@ -49,9 +48,10 @@ def search(
     path = Path("runs", f"{_stem(recipe)}-search") if folder is None else Path(folder)
     _refuse_another(recipe, path)
     results, done = Metrics(path / RESULTS), load(path)
+    results.drop_torn()
     while (trials is None or len(done) < trials) and (point := chooser.propose(recipe, done)) is not None:
         # Only now: a space that cannot be searched leaves nothing behind.
-        _keep_space(recipe, path)
+        write_recipe(recipe, path / RECIPE)
         done.append(run_trial(point, len(done), path / TRIALS / f"{len(done):03d}"))
         results.append(asdict(done[-1]))
     report.show(done, report.write(path, done))
@@ -60,30 +60,27 @@ def search(
 
 def run_trial(point: Point, number: int, folder: Path) -> Trial:
     """Train one point in its folder (going on, if it was begun) and measure what came out."""
-    start = time.perf_counter()
     try:
         run = train(point.recipe, folder=folder, resume=(folder / RECIPE).exists())
     except LaminaError as error:
         return Trial(number=number, chosen=dict(point.chosen), error=str(error))
-    return measure(run, point, number, time.perf_counter() - start)
+    return measure(run, point, number)
 
 
-def measure(run: Run, point: Point, number: int, seconds: float) -> Trial:
+def measure(run: Run, point: Point, number: int) -> Trial:
     """Make the row of a run that is over."""
     data: Data = build(point.recipe.data, "data")
-    node = objectives(point.recipe)[0]
-    objective = build(node, "objective", model=run.model, **data.sizes)
     one, many = rows_of(data, 1), rows_of(data, 32)
     return Trial(
         number=number,
         chosen=dict(point.chosen),
         loss=run.loss if run.evaluation is None else run.evaluation,
-        metrics=logged(run.model, objective, data),
+        metrics=run.measured,
         parameters=count(run.model),
         latency_1=latency(run.model, one),
         latency_32=latency(run.model, many),
         peak_bytes=peak_bytes(run.model, many),
-        seconds=seconds,
+        seconds=sum(stage.seconds for stage in run.stages),
     )
 
 
@@ -97,15 +94,6 @@ def _refuse_another(recipe: Recipe, folder: Path) -> None:
     kept = folder / RECIPE
     if kept.exists() and kept.read_text(encoding="utf-8") != dump(recipe):
         raise LaminaError(f"{kept} is another search space: choose another folder with --folder, or remove that one")
-
-
-def _keep_space(recipe: Recipe, folder: Path) -> None:
-    kept = folder / RECIPE
-    if not kept.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f".{kept.name}.partial")
-        aside.write_text(dump(recipe), encoding="utf-8")
-        aside.replace(kept)
 
 
 def load(folder: str | Path) -> list[Trial]:

@@ -21,7 +21,7 @@ class Trial:
     loss: float | None = None
     """Of the evaluation set; of the last training steps where there is none. None: the trial failed."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What the objective logs besides (accuracy), over the evaluation set."""
+    """What the objective logs besides (accuracy), over the same rows."""
     parameters: int = 0
     latency_1: float = 0.0
     """Seconds of a forward pass of one row, without gradients; median."""
@@ -30,7 +30,7 @@ class Trial:
     peak_bytes: int = 0
     """Weights and live tensors at the worst moment of the forward pass of 32 rows."""
     seconds: float = 0.0
-    """Of the whole training run."""
+    """Spent in training steps, before a kill too."""
     error: str | None = None
     """Why the trial could not be run."""
 

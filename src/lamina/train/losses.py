@@ -12,6 +12,11 @@ from lamina.train.distributed import World
 from lamina.train.precision import check_finite
 
 
+def logged(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what an objective gives to be logged beside its loss."""
+    return {k: v for k, v in losses.items() if k not in OWN_KEYS and v.numel() == 1}
+
+
 class PendingLosses:
     """Collects a step's loss without waiting for the device; `read` waits once for all of them."""
 
@@ -39,7 +44,7 @@ class PendingLosses:
 
     def beside(self) -> dict[str, float]:
         """Return the last step's other losses (of this process's last micro-batch)."""
-        return {k: float(v) for k, v in self.last.items() if k not in OWN_KEYS and v.numel() == 1}
+        return {k: float(v) for k, v in logged(self.last).items()}
 
     def __len__(self) -> int:
         return len(self.pairs)

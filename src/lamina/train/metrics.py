@@ -33,6 +33,11 @@ class Metrics:
             os.fsync(file.fileno())
             return file.tell()
 
+    def drop_torn(self) -> None:
+        """Cut off a last row that a kill left half written: the next one would be glued to it."""
+        if self.path is not None and self.path.exists():
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+
     def truncate(self, length: int) -> None:
         """Cut off the rows that a killed run wrote after its last checkpoint."""
         if self.path is not None and self.path.exists():

@@ -56,6 +56,8 @@ class Run:
     """Training loss at the last log point."""
     evaluation: float | None
     """Evaluation loss of `model`; None without an evaluation set."""
+    measured: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+    """What else the objective logs (accuracy) over the evaluation set."""
     stages: tuple[Stage, ...]
     """One a model: the original, then what each rewrite made of it."""
     unit: str

@@ -95,7 +95,7 @@ def curves(rows: Sequence[Row]) -> str:
     steps = [r for r in rows if r["event"] == "step"]
     rate = next((k for k in (steps[0] if steps else ()) if k.endswith("_per_second")), None)
     rewrites = [(r["step"], r["pass"]) for r in rows if r["event"] == "rewrite"]
-    figure = _figure(9, 7)
+    figure = figure_of(9, 7)
     loss, lr, speed = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
     loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="training", linewidth=1)
     found = [r for r in rows if r["event"] == "evaluation"]
@@ -115,13 +115,13 @@ def curves(rows: Sequence[Row]) -> str:
     loss.legend(frameon=False)
     lr.set_ylabel("learning rate")
     speed.set_xlabel("step")
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def score_chart(scores: Mapping[str, Sequence[float]], gone: Mapping[str, Sequence[int]]) -> str:
     """Draw a pass's scores per block, one group of bars a kind; what went is hatched."""
     kinds = [k for k, values in scores.items() if values]
-    figure = _figure(7, 2.4)
+    figure = figure_of(7, 2.4)
     axis = figure.subplots()
     for place, kind in enumerate(kinds):
         at = [i + place / (len(kinds) + 1) for i in range(len(scores[kind]))]
@@ -132,7 +132,7 @@ def score_chart(scores: Mapping[str, Sequence[float]], gone: Mapping[str, Sequen
     axis.set_xlabel("block (hatched: gone)")
     axis.set_ylabel("score")
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _rewrite(row: Row, decision: Row | None) -> dict[str, str]:
@@ -187,13 +187,15 @@ def _summary(rows: Sequence[Row]) -> str:
     return f"{end['step']} steps, training loss {end['loss']:.4f}{evaluation}."
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
+    """Return an empty figure of so many inches, drawn without a screen."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Any) -> str:
+def svg_of(figure: Any) -> str:
+    """Draw a figure as SVG to stand in a page; the same figure gives the same bytes."""
     import matplotlib as mpl
 
     buffer = text_io.StringIO()

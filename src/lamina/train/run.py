@@ -162,10 +162,11 @@ def _keep_recipe(recipe: Recipe, folder: Path, world: World, resume: bool) -> No
             if key.split(".")[0] not in ("parallel", "report") and key.removeprefix("train.") not in MAY_DIFFER:
                 raise LaminaError(f"{kept} is another recipe: {key} is {old!r} there and {new!r} here")
         return
-    state.together(world, folder, str(kept), lambda: _write_recipe(recipe, kept) if world.first else None)
+    state.together(world, folder, str(kept), lambda: write_recipe(recipe, kept) if world.first else None)
 
 
-def _write_recipe(recipe: Recipe, path: Path) -> None:
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe, fully spelled out; the folder is made where there is none."""
     text = dump(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Aside and renamed: half a recipe would be another run's.

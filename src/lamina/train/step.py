@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from lamina.batches import Batch, to_device
 from lamina.errors import LaminaError
 from lamina.parallel.data_parallel import Placed
 from lamina.train.distributed import World
+from lamina.train.losses import logged
 from lamina.train.options import Precision
 from lamina.train.precision import autocast
 
@@ -102,9 +104,10 @@ def size_of(batch: Batch) -> tuple[int, str]:
 @torch.no_grad()
 def evaluate(
     placed: Placed, objective: Any, batches: Iterable[Batch], *, world: World, precision: Precision = "fp32"
-) -> float:
-    """Return the mean loss (or `measure`) over all batches and processes, weighted by count; the mode is kept.
+) -> dict[str, float]:
+    """Return means over all batches and processes, weighted by count; the model's mode is kept.
 
+    `loss` is the objective's `measure` where it has one; beside it stands what else the objective logs (accuracy).
     Processes may have unequally many batches.
     """
     # Neither DDP nor torch.compile has a part in it, so the processes need not walk in step, unless they are sharded.
@@ -112,20 +115,24 @@ def evaluate(
     was_training = model.training
     model.eval()
     exact = _exact(world)
-    total = torch.zeros(2, dtype=exact, device=world.device)
+    zero = torch.zeros((), dtype=exact, device=world.device)
+    counted, sums = zero.clone(), defaultdict[str, Tensor](zero.clone)
     for batch, real in _in_step(batches, world) if placed.sharded else ((b, True) for b in batches):
         with autocast(precision, world.device):
             losses = objective(model, to_device(batch, world.device))
         if real:
             count = losses["count"].to(exact)
-            value = losses.get("measure", losses["loss"])
-            total += torch.stack([value.to(exact) * count, count])
+            counted += count
+            for name, value in {**logged(losses), "loss": losses.get("measure", losses["loss"])}.items():
+                sums[name] += value.to(exact) * count
     model.train(was_training)
     placed.reshard()
-    weighted, counted = world.total(total).tolist()
-    if not counted:
+    # A process without a batch knows no names.
+    names = sorted({name for known in world.everyone(list(sums)) for name in known})
+    total, *weighted = world.total(torch.stack([counted, *(sums[name] for name in names)])).tolist()
+    if not total:
         raise LaminaError("the evaluation counted nothing: every target is padding, or there is no batch")
-    return float(weighted / counted)
+    return {name: value / total for name, value in zip(names, weighted, strict=True)}
 
 
 def _in_step(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:

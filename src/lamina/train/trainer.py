@@ -117,7 +117,7 @@ class Trainer:
         self._place()
         self.stages = [Stage("start", count(self.model))]
         if loaded is None and self.rewrites:
-            self.stages[0].loss_before = self._measure()
+            self.stages[0].loss_before = self._measure()["loss"]
         while loaded is None and self.done < len(self.rewrites) and self.rewrites[self.done].at == "before":
             self._rewrite(self.rewrites[self.done])
         self.optimizer = complete_optimizer(self.make_optimizer(self.model), self.objective)
@@ -189,15 +189,16 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Measure the evaluation loss; return whether it is the best since the latest rewrite."""
-        loss = self._measure()
-        self.folder.note({"event": "evaluation", "step": self.step, "loss": loss})
+        found = self._measure()
+        loss = found["loss"]
+        self.folder.note({"event": "evaluation", "step": self.step, **found})
         better = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
         self.without_better = 0 if better else self.without_better + 1
         if better:
             self.best = {"step": self.step, "loss": loss}
         return better
 
-    def _measure(self) -> float:
+    def _measure(self) -> dict[str, float]:
         same_buffers(self.placed)
         batches = phases.held_out(self.data, self.options, self.world)
         return evaluate(self.placed, self.objective, batches, world=self.world, precision=self.options.precision)
@@ -214,7 +215,7 @@ class Trainer:
     def _rewrite(self, scheduled: Scheduled) -> None:
         """Take the model back, let the pass rewrite it, place it again, and measure it before and after."""
         ended = self.stages[-1]
-        ended.loss_after = self._measure() if ended.steps else ended.loss_before
+        ended.loss_after = self._measure()["loss"] if ended.steps else ended.loss_before
         self.model = take_back(self.placed, optimizer=self.optimizer)
         self.model, row = phases.carry_out(
             scheduled,
@@ -230,7 +231,7 @@ class Trainer:
         forget_peak(self.world.device)
         self.done += 1
         self.best, self.without_better = None, 0
-        self.stages.append(Stage(row["pass"], count(self.model), loss_before=self._measure()))
+        self.stages.append(Stage(row["pass"], count(self.model), loss_before=self._measure()["loss"]))
         row.update(step=self.step, loss_before=ended.loss_after, loss_after=self.stages[-1].loss_before)
         self.folder.note(row)
         self.watch = Stopwatch()
@@ -271,7 +272,8 @@ class Trainer:
         self.optimizer = None
         for scheduled in self.rewrites[self.done :]:
             self._rewrite(scheduled)
-        evaluation = None if self.data.evaluation is None else self._measure()
+        measured = {} if self.data.evaluation is None else self._measure()
+        evaluation = measured.pop("loss", None)
         self.stages[-1].loss_after = evaluation if evaluation is not None else self.loss
         self.folder.note({"event": "end", "step": self.step, "loss": self.loss, "evaluation": evaluation})
         self.model = take_back(self.placed)
@@ -280,6 +282,7 @@ class Trainer:
             steps=self.step,
             loss=self.loss,
             evaluation=evaluation,
+            measured=measured,
             stages=tuple(self.stages),
             unit=self.unit,
             best=best,
