@@ -10,6 +10,7 @@ from tests.contract.example import Example
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
+from lamina.models import NeuralSDEClassifier
 from lamina.nn import NeuralODE, NeuralSDE, TimeMLP, local_error, local_stiffness, recording, rk_step
 from lamina.nn.ode.recording import Solve
 from lamina.nn.ode.solve import Solution
@@ -164,6 +165,31 @@ def test_in_evaluation_there_is_no_cost_and_the_solve_is_as_it_is() -> None:
     assert int(objective.calls) == 0
     with torch.no_grad():
         assert torch.equal(net(batch()["inputs"]), plain)
+
+
+def test_in_evaluation_every_solve_is_counted() -> None:
+    torch.manual_seed(0)
+    net = NeuralSDEClassifier(4, 3, width=4, hidden=5, trajectories=3).eval()
+    count = [0]
+    net.sde.drift.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    with torch.no_grad():
+        losses = LocalSolverCost()(net, batch())
+    assert losses["nfe"] == count[0] > net.sde.solution.nfe
+    # What ran before is not of this pass, and stays as it was.
+    block = model().eval()[0]
+    block(batch()["inputs"])
+    solution = block.solution
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ode, self.head = block, nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(inputs)
+
+    assert LocalSolverCost()(Skips().eval(), batch())["nfe"] == 0
+    assert block.solution is solution
 
 
 def test_the_coefficient_decays_over_training() -> None:

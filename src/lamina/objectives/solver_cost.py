@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from lamina.batches import bare
 from lamina.errors import LaminaError
-from lamina.nn.ode.block import ContinuousBlock
 from lamina.nn.ode.recording import Recorded, Solve, recording
+from lamina.nn.ode.step import SOURCE
 from lamina.objectives._penalized import PenalizedByWatching
 from lamina.objectives.objective import Losses
 from lamina.registry import Slot, register
 
-SOURCE = "Pal, Edelman, Rackauckas, Locally Regularized Neural Differential Equations (2023), arXiv 2303.02262"
 LATEST = 1.0 - 1e-4
 """Last fraction of an interval that is drawn: a step needs somewhere to go."""
 
@@ -27,11 +26,9 @@ LATEST = 1.0 - 1e-4
 class Watched:
     """One forward pass of a model."""
 
-    blocks: dict[str, ContinuousBlock]
-    recorded: Recorded | None = None
-    """What was recorded; None in evaluation, where nothing is asked of the solves."""
-    draw: torch.Generator = field(default_factory=torch.Generator)
-    """Of whatever this pass still has to draw."""
+    recorded: Recorded
+    draw: torch.Generator | None = None
+    """Of whatever this pass still has to draw; None in evaluation, where solves are only counted."""
 
 
 class SolverCost(PenalizedByWatching[Watched]):
@@ -75,29 +72,20 @@ class SolverCost(PenalizedByWatching[Watched]):
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[Watched]:
         """Record the solves of a model in training; of one in evaluation, only count what they cost."""
-        root = bare(model)
-        blocks = {path: m for path, m in root.named_modules() if isinstance(m, ContinuousBlock)}
-        if not root.training or not blocks:
-            for block in blocks.values():
-                block.solution = None
-            yield Watched(blocks)
-            return
-        draw = self.generator()
-        with self.ask(model, draw) as recorded:
-            yield Watched(blocks, recorded, draw)
+        draw = self.generator() if bare(model).training else None
+        with recording(model, None) if draw is None else self.ask(model, draw) as recorded:
+            yield Watched(recorded, draw)
 
     def complete(self, losses: Losses, seen: Watched) -> Losses:
         """Add the cost to the base's loss."""
         loss, recorded = losses["loss"], seen.recorded
-        value, coefficient = torch.zeros_like(loss), self.coefficient if recorded is not None else 0.0
-        if recorded is None:
-            nfe = sum(b.solution.nfe for b in seen.blocks.values() if b.solution is not None)
-        else:
+        value, coefficient = torch.zeros_like(loss), 0.0
+        nfe = sum(s.solution.nfe + s.solution.save_nfe for s in recorded.solves)
+        if seen.draw is not None and recorded.blocks:
             if not recorded.solves:
                 raise LaminaError(f"none of the continuous blocks ran on this batch: {', '.join(recorded.blocks)}")
-            value, extra = self.cost(recorded, seen.draw)
-            value = value.to(loss)
-            nfe = sum(s.solution.nfe + s.solution.save_nfe for s in recorded.solves) + extra
+            found, extra = self.cost(recorded, seen.draw)
+            value, coefficient, nfe = found.to(loss), self.coefficient, nfe + extra
         logged = {"regulariser": value.detach(), "coefficient": torch.full_like(loss.detach(), coefficient)}
         total = loss + coefficient * value if coefficient else loss
         return {**losses, "loss": total, **logged, "nfe": torch.full_like(loss.detach(), float(nfe))}
