@@ -14,7 +14,7 @@ FILES = {
     **{f"a/{i}.py": bytes([97 + i]) * 50 for i in range(6)},
     **{f"b/deep/{i}.py": bytes([65 + i]) * 30 for i in range(4)},
     "b/notes.txt": b"?" * 100,
-    "b/test/t.py": b"!" * 100,
+    "b/__pycache__/t.py": b"!" * 100,
     "__pycache__/x.py": b"%" * 100,
 }
 EXAMPLES = [
@@ -51,6 +51,17 @@ def test_snippets_are_labelled_by_their_folder_and_classes_are_equally_large(fol
     files = [{text[0] for text, _ in contents(part)} for part in (found.train, found.evaluation)]
     assert not files[0] & files[1], "a file is in one part only"
     assert files[0] | files[1] <= {97 + i for i in range(6)} | {65 + i for i in range(4)}
+
+
+def test_in_a_folder_of_ones_own_a_class_may_be_called_test(folder: Path) -> None:
+    (folder / "test").mkdir()
+    for i in range(3):
+        (folder / f"test/{i}.py").write_bytes(b"t" * 40)
+    found = data.load("snippets", source=str(folder), context=8, batch=2, split=0.3)
+    assert found.sizes["classes"] == 3
+    assert {text[0] for text, label in contents(found.train) if label == 2} == {ord("t")}
+    named = data.load("snippets", source=str(folder), context=8, batch=2, split=0.3, folders=["a", "test"])
+    assert named.sizes["classes"] == 2
 
 
 def test_the_draw_follows_the_seed(folder: Path) -> None:

@@ -20,7 +20,8 @@ from lamina.registry import register
 PACKAGES = ("asyncio", "email", "multiprocessing", "xml")
 """Classes of `python-stdlib` where none are named: packages of every Python, of a few hundred kilobytes each."""
 
-_NOT_TEXT = frozenset({"test", "tests", "__pycache__"})
+_NOT_TEXT = frozenset({"test", "tests"})
+"""Folders of the standard library that are left out: some Pythons come without them."""
 
 
 @register("data")
@@ -56,8 +57,11 @@ def snippets(
     if context < 1:
         raise LaminaError(f"context must be at least 1, got {context}")
     root = Path(sysconfig.get_paths()["stdlib"]) if source == STANDARD_LIBRARY else existing(source, "the text source")
-    names = _classes(root, folders, source == STANDARD_LIBRARY)
-    cut = [_cut(root / name, pattern, context, split, seed) for name in names]
+    standard = source == STANDARD_LIBRARY
+    without = frozenset({"__pycache__"}) | (_NOT_TEXT if standard else frozenset())
+    there = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in without and p.name[0] not in "._")
+    names = _chosen(root, there, (PACKAGES if standard else there) if folders is None else folders)
+    cut = [_cut(root / name, pattern, context, split, seed, without) for name in names]
     train, held = (_Snippets(_balanced([both[i] for both in cut], seed)) for i in range(2))
     for part, rows, share in (("training", train, 1 - split), ("evaluation", held, split)):
         if share and not len(rows):
@@ -84,9 +88,7 @@ class _Snippets:
         return {"input_ids": torch.from_numpy(found), "labels": torch.from_numpy(label.astype(np.int64))}
 
 
-def _classes(root: Path, folders: Sequence[str] | None, standard: bool) -> list[str]:
-    there = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in _NOT_TEXT and p.name[0] not in "._")
-    chosen = list(folders) if folders is not None else list(PACKAGES) if standard else there
+def _chosen(root: Path, there: Sequence[str], chosen: Sequence[str]) -> Sequence[str]:
     for name in chosen:
         if name not in there:
             raise LaminaError(f"there is no folder {name!r} in {str(root)!r}{nearest(name, there)}")
@@ -95,9 +97,11 @@ def _classes(root: Path, folders: Sequence[str] | None, standard: bool) -> list[
     return chosen
 
 
-def _cut(folder: Path, pattern: str, context: int, split: float, seed: int) -> tuple[Array, Array]:
+def _cut(
+    folder: Path, pattern: str, context: int, split: float, seed: int, without: frozenset[str]
+) -> tuple[Array, Array]:
     """Return the snippets (rows, context) of a class for training and for evaluation."""
-    paths = sorted(p for p in folder.rglob(pattern) if p.is_file() and not _NOT_TEXT & set(p.relative_to(folder).parts))
+    paths = sorted(p for p in folder.rglob(pattern) if p.is_file() and not without & set(p.relative_to(folder).parts))
     blocks = []
     for path in paths:
         content = np.frombuffer(read(path), dtype=np.uint8)

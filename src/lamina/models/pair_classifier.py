@@ -16,7 +16,8 @@ from lamina.registry import Slot, register
 class PairClassifier(nn.Module):
     """Encode two sequences by the same encoder, and tell their relation from both codes x, y, x * y and x - y.
 
-    For matching and entailment. input_ids (B, 2, T) -> logits (B, classes).
+    For matching and entailment. input_ids (B, 2, T) -> logits (B, classes). The pairs are your data's: no data set of
+    the toolkit has two sequences a row.
 
     Args:
         encoder: built as encoder(vocabulary=, context=, classes=features, causal=False), as far as it names them: any
