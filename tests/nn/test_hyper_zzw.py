@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lamina.nn import (
     global_product,
     slow_kernel_distance,
 )
+from lamina.nn.hyper_convolution import group_norm, local
 from lamina.nn.hyper_convolution.global_product import mixer_kernels, two_product
 from lamina.nn.hyper_convolution.group_norm import interleaved
 
@@ -314,6 +316,51 @@ def _half(rank: int, file: str, queue: Any) -> None:
     queue.put((rank, [p.grad.tolist() for p in block.parameters() if p.grad is not None]))
     dist.barrier()
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("track_stats", [False, True])
+def test_in_evaluation_nothing_waits_for_other_processes(track_stats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meet(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a collective")
+
+    for module in (group_norm, local):
+        monkeypatch.setattr(module, "token_moments", meet)
+    synced, alone = (
+        seeded(HyperZZWLocal, 4, 3, 8, 2, track_stats=track_stats, sync=sync).eval() for sync in (True, False)
+    )
+    x = maps(2, 4, 5, 6)
+    assert torch.equal(synced(x), alone(x))
+    with pytest.raises(RuntimeError, match="a collective"):
+        synced.train()(x)
+    with pytest.raises(ShapeError, match="one number"):
+        GroupInstanceBatchNorm(4, 1, sync=True)(maps(1, 4, 1, 1))
+
+
+def _unequally(rank: int, file: str, queue: Any) -> None:
+    patience = timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=patience)
+    block = seeded(HyperZZWLocal, 4, 3, 8, 2, sync=True).eval()
+    queue.put((rank, [block(maps(2, 4, 5, 6, seed=i)).tolist() for i in range(1 + 2 * rank)]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # Two processes; the test before says the same of one.
+@pytest.mark.distributed
+def test_processes_may_evaluate_unequally_many_batches(tmp_path: Path) -> None:
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_unequally, args=(r, tmp_path / "store", queue)) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(queue.get(timeout=60) for _ in workers)
+    for worker in workers:
+        worker.join(20)
+    alone = seeded(HyperZZWLocal, 4, 3, 8, 2).eval()
+    for rank in range(2):
+        assert len(found[rank]) == 1 + 2 * rank
+        for i, answer in enumerate(found[rank]):
+            torch.testing.assert_close(torch.tensor(answer), alone(maps(2, 4, 5, 6, seed=i)))
 
 
 @pytest.mark.slow  # Two processes; the norm's statistics over processes are in the contract of the objective.

@@ -24,7 +24,7 @@ class GroupInstanceBatchNorm(nn.Module):
         groups: equal runs of channels; 1 = batch statistics alone.
         track_stats: keep running statistics of the even groups and use them in evaluation; False (the paper's): the
             batch's own in evaluation too, so that an answer depends on what is beside it.
-        momentum: of the running statistics. sync: batch statistics over all data-parallel processes.
+        momentum: of the running statistics. sync: in training, batch statistics over all data-parallel processes.
     Raises:
         ShapeError: groups that do not divide width; at the call, other channels, or statistics of a single number.
     Source: G-IBS, "group-based instance-batch standardisation".
@@ -71,13 +71,14 @@ class GroupInstanceBatchNorm(nn.Module):
 
     def _over_the_batch(self, x: Tensor) -> Tensor:
         own = self.training or self.running_mean is None
-        if self.sync and own:
-            return self._over_all_processes(x)
         if own and x.shape[0] * x.shape[2] * x.shape[3] < 2:
             raise ShapeError(
                 f"batch statistics of one number are not defined, got maps {tuple(x.shape)}: more images, or "
                 "track_stats=True and eval()"
             )
+        # In evaluation processes may have unequally many batches, and nobody to answer.
+        if self.sync and self.training:
+            return self._over_all_processes(x)
         return F.batch_norm(x, self.running_mean, self.running_var, None, None, own, self.momentum, EPS)
 
     def _over_all_processes(self, x: Tensor) -> Tensor:

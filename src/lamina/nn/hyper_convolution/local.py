@@ -26,7 +26,7 @@ class HyperZZWLocal(nn.Module):
         per_sample: a kernel for every image; False (the paper's): one kernel from the mean over the batch, so that an
             answer depends on what is beside it.
         track_stats: running statistics in evaluation, see `GroupInstanceBatchNorm`.
-        sync: means over all data-parallel processes.
+        sync: in training, means over all data-parallel processes; in evaluation those of each process.
     Raises:
         ShapeError: an even kernel_size, sizes below 1; at the call, other channels, or x and y of different shapes.
     Source: equation 4; with one input used as both, x is convolved by a kernel of its own.
@@ -74,7 +74,9 @@ class HyperZZWLocal(nn.Module):
     def context(self, x: Tensor) -> Tensor:
         """Return what the slow net is told of the maps: (1, or B with per_sample, hidden, kernel_size, kernel_size)."""
         side = self.kernel.size[0]
-        pooled = F.adaptive_avg_pool2d(x if self.per_sample else batch_mean(x, self.sync), (side, side))
+        pooled = F.adaptive_avg_pool2d(
+            x if self.per_sample else batch_mean(x, self.sync and self.training), (side, side)
+        )
         # The mean over the batch comes first: the convolution is linear.
         return F.gelu(self.context_out(self.context_in(pooled)))
 
