@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lamina.errors import LaminaError
-from lamina.optim import LAMB, LARS, parameter_groups
+from lamina.optim import LAMB, LARS, Kar2, Kar3, parameter_groups
 from lamina.optim._layerwise import chunks, squared_norms, trust_ratio
 
 CASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
@@ -91,6 +92,36 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 torch.tensor(value, dtype=torch.float64), parameter.detach(), rtol=1e-6, atol=1e-9
             )
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize("kind", [LAMB, LARS, Kar2, Kar3])
+def test_the_state_of_narrow_parameters_is_saved_and_loaded_in_float32(kind: Any, foreach: bool | None) -> None:
+    def steps(parameters: list[Parameter], optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for step in numbers:
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(p.dtype)
+            optimizer.step()
+
+    options: dict[str, Any] = {"lr": 0.05} | ({"foreach": foreach} if kind in (LAMB, LARS) else {})
+    drawn = [torch.randn(5, 3, generator=torch.Generator().manual_seed(9)).bfloat16(), torch.ones(3)]
+    going = [Parameter(x) for x in drawn]
+    optimizer = kind(going, **options)
+    steps(going, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    again = [Parameter(p.detach().clone()) for p in going]
+    resumed = kind(again, **options)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    state = resumed.state_dict()["state"][0]
+    assert {x.dtype for x in state.values()} == {torch.float32}
+    steps(going, optimizer, range(3, 8))
+    steps(again, resumed, range(3, 8))
+    for one, two in zip(going, again, strict=True):
+        assert torch.equal(one, two)
+        for name, value in optimizer.state[one].items():
+            assert torch.equal(value, resumed.state[two][name])
 
 
 def test_long_sums_of_squares_keep_their_digits() -> None:

@@ -75,6 +75,7 @@ class LayerwiseOptimizer(Optimizer):
                     f"{saved.get('variant')!r}: build the optimizer with the variant of the state"
                 )
         super().load_state_dict(state_dict)
+        widen_state(self, state_dict)
         for parameter, state in self.state.items():
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
@@ -152,6 +153,17 @@ class LayerwiseOptimizer(Optimizer):
             parts = torch.split_with_sizes(whole[: sum(sizes)], sizes)
             views[shapes] = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         return views[shapes]
+
+
+def widen_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Take the state of narrow parameters from the saved one again, in float32: torch's loading has rounded it."""
+    saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, parameter in zip(saved, held, strict=True):
+        if is_narrow(parameter):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    optimizer.state[parameter][name] = value.to(parameter.device, torch.float32, copy=True)
 
 
 def trust_ratio(x_norm: Tensor, u_norm: Tensor, *, phi: Bounds | None = None, clip: bool = False) -> Tensor:

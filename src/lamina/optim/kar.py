@@ -40,6 +40,11 @@ class SignedMeans(Optimizer):
             self.param_groups.pop()
             raise
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back a state; see torch. Means of narrower parameters stay float32."""
+        super().load_state_dict(state_dict)
+        layerwise.widen_state(self, state_dict)
+
     def _check(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
