@@ -6,7 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from lamina import anatomy
+from lamina.nn import RepBN
 
 State = dict[str, Tensor]
 
@@ -105,3 +108,12 @@ def lively(module: torch.nn.Module, seed: int = 7) -> torch.nn.Module:
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return module
+
+
+def with_batch_norms(model: nn.Module) -> int:
+    """Put norms that take statistics over all tokens in place of the layer norms, in training; return how many."""
+    norms = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    for path, old in norms:
+        anatomy.swap(model, path, RepBN(old.normalized_shape[0]))
+    model.train()
+    return len(norms)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.contract.example import Example
 from tests.models import fit_reference as reference
-from tests.models.fit_reference import lively
+from tests.models.fit_reference import lively, with_batch_norms
 from torch import Tensor, nn
 
 from lamina import io
@@ -203,6 +203,23 @@ def test_groups_of_unequal_fill_and_fewer_groups() -> None:
     seen = (torch.arange(12) < 10).expand(2, -1).unflatten(1, (3, 4))
     torch.testing.assert_close(sparse(flat), model(padded, None, seen))
     torch.testing.assert_close(sparse(numbers(2, 12, 5)), model(numbers(2, 12, 5).unflatten(1, (3, 4))))
+
+
+@pytest.mark.parametrize("options", [{}, {"classes": 3}, {"classes": 3, "layers": "(1)1(1)1"}])
+def test_norms_that_count_tokens_do_not_count_padding(options: dict[str, Any]) -> None:
+    model = lively(make(side_features=2, **options))
+    assert with_batch_norms(model) > 10
+    x, y = numbers(2, 3, 4, 5), numbers(2, 3, 1, 2, seed=3)
+    seen = (torch.arange(12) < 7).expand(2, -1).unflatten(1, (3, 4))
+    found = model(x, y, seen)
+    x, y = x.clone(), y.clone()
+    x[~seen], y[:, 2] = 9.0, 9.0
+    again = model(x, y, seen)
+    if options:
+        torch.testing.assert_close(again, found)
+    else:
+        torch.testing.assert_close(again[0][seen], found[0][seen])
+        torch.testing.assert_close(again[1][:, :2], found[1][:, :2])
 
 
 @pytest.mark.parametrize("layers", ["(1)1(1)", "(1)1(1)1"])

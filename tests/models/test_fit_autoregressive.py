@@ -49,8 +49,6 @@ def expected(model: FITAutoregressive, tokens: Tensor) -> Tensor:
     n, m = options["tokens_per_group"], options["latents_per_group"]
     found = []
     for row in tokens:
-        if options.get("start_token") is not None:
-            row = torch.cat((torch.tensor([options["start_token"]]), row[:-1]))
         groups = [state["embedding.weight"][part] + state["positions.table"] for part in row.split(n)]
         latents = list(state["trunk.table"].split(m))[: len(groups)]
         ends, _ = reference.trunk(
@@ -64,7 +62,7 @@ def expected(model: FITAutoregressive, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"start_token": 0}, {"tokens_per_group": 1, "groups": 20}, {"latents_per_group": 1, "positions": "sincos"},
+    [{}, {"tokens_per_group": 1, "groups": 20}, {"latents_per_group": 1, "positions": "sincos"},
      {"tokens_per_group": 63, "groups": 2}, {"token_width": 16}],
 )  # fmt: skip
 def test_outputs_and_gradients_are_those_of_the_card_written_out(options: dict[str, Any]) -> None:
@@ -89,10 +87,8 @@ def influence(model: FITAutoregressive) -> Tensor:
 
 
 def test_no_token_sees_a_later_one_and_each_sees_every_earlier_group() -> None:
-    """With the start token, logits are of the token at their own place, which they must not see."""
     found, place = influence(lively(make())), torch.arange(20)
     assert torch.equal(found, place[:, None] >= place)
-    assert torch.equal(influence(lively(make(start_token=0))), place[:, None] > place)
 
 
 def test_without_the_shift_of_latents_tokens_do_see_later_ones() -> None:
@@ -102,9 +98,8 @@ def test_without_the_shift_of_latents_tokens_do_see_later_ones() -> None:
     assert found.tril().sum() == 210
 
 
-@pytest.mark.parametrize("options", [{}, {"start_token": 3}])
-def test_generation_from_a_cache_is_generation_without(options: dict[str, Any]) -> None:
-    model = lively(make(**options))
+def test_generation_from_a_cache_is_generation_without() -> None:
+    model = lively(make())
     for length in (1, 5, 13):
         x = ids(2, length, seed=length)
         assert model.caches
@@ -114,10 +109,7 @@ def test_generation_from_a_cache_is_generation_without(options: dict[str, Any]) 
         assert torch.equal(found, plain)
         assert torch.equal(found[:, :length], x)
     greedy = model.generate(x, 7, temperature=0)
-    told = model(greedy).argmax(-1)
-    assert torch.equal(told[:, 13:] if options else told[:, 12:-1], greedy[:, 13:])
-    if options:
-        assert model.generate(x[:, :0], 4).shape == (2, 4)
+    assert torch.equal(model(greedy).argmax(-1)[:, 12:-1], greedy[:, 13:])
 
 
 def test_a_cache_sees_each_token_once() -> None:
@@ -127,6 +119,14 @@ def test_a_cache_sees_each_token_once() -> None:
         model.generate(ids(2, 7), 6)
     # Four local layers see 12 tokens; two latent layers the latents of the two finished groups.
     assert sum(lengths) == 4 * 12 + 2 * 2 * 2
+
+
+def test_latents_are_begun_once_a_group_and_not_once_a_token() -> None:
+    model = make()
+    with mock.patch.object(type(model.trunk), "start", autospec=True, side_effect=type(model.trunk).start) as start:
+        model.generate(ids(2, 7), 6)
+    # What the first group reads in two blocks, and where the latents of two finished groups start.
+    assert start.call_count == 2 + 2
 
 
 def test_layers_without_a_cache_generate_all_the_same() -> None:
@@ -147,25 +147,22 @@ def test_any_length_with_padding_and_fewer_groups_without() -> None:
     torch.testing.assert_close(lively(make(pad_groups=True))(x[:, :13]), model(x)[:, :13])
 
 
-def test_next_token_is_the_objective_and_the_start_token_is_for_labels_that_are_the_inputs() -> None:
-    """A model that has learned a cycle by heart: both conventions ask for the same thing."""
-    losses = []
-    for options, labels in (({}, None), ({"start_token": 0}, "input_ids")):
-        torch.manual_seed(0)
-        model = FITAutoregressive(**(SIZES | {"layers": "(1)1(1)"} | options))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-        for step in range(50):
-            x = (torch.arange(20) + torch.arange(step, step + 4)[:, None]) % 11
-            batch = {"input_ids": x} if labels is None else {"input_ids": x, "labels": x}
-            optimizer.zero_grad()
-            loss = NextToken()(model, batch)["loss"]
-            loss.backward()
-            optimizer.step()
-        losses.append(float(loss.detach()))
-        tail = model.eval().generate(x[:, :12], 5, temperature=0)
-        assert torch.equal(tail, x[:, :17])
+def test_next_token_is_the_objective_and_generation_goes_on_as_learned() -> None:
+    """A cycle, by heart; and no option moves the logits away from the labels of that objective."""
+    torch.manual_seed(0)
+    model = FITAutoregressive(**(SIZES | {"layers": "(1)1(1)"}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for step in range(50):
+        x = (torch.arange(20) + torch.arange(step, step + 4)[:, None]) % 11
+        optimizer.zero_grad()
+        loss = NextToken()(model, {"input_ids": x})["loss"]
+        loss.backward()
+        optimizer.step()
     # Chance is 2.4.
-    assert max(losses) < 0.7
+    assert float(loss.detach()) < 0.7
+    assert torch.equal(model.eval().generate(x[:, :12], 5, temperature=0), x[:, :17])
+    with pytest.raises(TypeError, match="start_token"):
+        make(start_token=0)
 
 
 def test_its_head_is_the_embedding_and_can_be_another(tmp_path: Any) -> None:
@@ -194,8 +191,7 @@ def test_a_dropped_attention_leaves_generation_as_it_is() -> None:
     [
         ({"layers": "(1)1(1)1"}, RecipeError, "end with local ones"),
         ({"layers": "(3)"}, RecipeError, "must have global layers"),
-        ({"vocabulary": 0}, ShapeError, "below the vocabulary"),
-        ({"start_token": 11}, ShapeError, "must be an id below the vocabulary, got 11 and 11"),
+        ({"vocabulary": 0}, ShapeError, "vocabulary must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.contract.example import Example
 from tests.models import fit_reference as reference
-from tests.models.fit_reference import lively
+from tests.models.fit_reference import lively, with_batch_norms
 from torch import Tensor, nn
 
 from lamina.data import digit_images
@@ -73,7 +73,7 @@ def expected(
 @pytest.mark.parametrize(
     "options",
     [{}, {"condition_features": 3, "self_conditioning": True}, {"cross_mlp": True, "context_norm": False},
-     {"local_attention": False, "out_features": 2}, {"self_conditioning": True, "layers": "(1)1(1)1"},
+     {"local_attention": False, "out_features": 2}, {"self_conditioning": True, "layers": "(1)1(2)1(1)"},
      {"tokens_per_group": 1, "groups": 7, "latents_per_group": 63}],
 )  # fmt: skip
 def test_outputs_and_gradients_are_those_of_the_card_written_out(options: dict[str, Any]) -> None:
@@ -127,6 +127,20 @@ def test_padding_is_read_by_no_one() -> None:
     torch.testing.assert_close(model(x, TIME)[0][seen], model(filled, TIME, attention_mask=seen)[0][seen])
 
 
+def test_norms_that_count_tokens_do_not_count_padding() -> None:
+    model = lively(make(self_conditioning=True, cross_mlp=True, condition_features=3, side_features=2))
+    assert with_batch_norms(model) > 15
+    x, y, condition = numbers(2, 3, 4, 5), numbers(2, 3, 1, 2, seed=3), numbers(2, 2, 3, seed=1)
+    seen = (torch.arange(12) < 7).expand(2, -1).unflatten(1, (3, 4))
+    before = numbers(2, 3, 2, 16, seed=2)
+    tokens, latents = model(x, TIME, condition, before, y, seen)
+    x, y, before = (t.clone() for t in (x, y, before))
+    x[~seen], y[:, 2], before[:, 2] = 9.0, 9.0, 9.0
+    again, after = model(x, TIME, condition, before, y, seen)
+    torch.testing.assert_close(again[seen], tokens[seen])
+    torch.testing.assert_close(after[:, :2], latents[:, :2])
+
+
 def test_it_learns_to_take_noise_off_digits() -> None:
     """The role it is for: predict the clean patches; a sampler's step reads the latents of the one before."""
     images = group_image(digit_images(seed=0)[0][:256, None] * 2 - 1, group=4, patch=1)  # (N, 4, 16, 1)
@@ -152,6 +166,7 @@ def test_it_learns_to_take_noise_off_digits() -> None:
     ("options", "error", "words"),
     [
         ({"layers": "(1)1(1)1"}, RecipeError, "ends with global layers that change no token"),
+        ({"layers": "(1)1(1)1", "self_conditioning": True}, RecipeError, "ends with global layers that change no"),
         ({"layers": "(1)"}, RecipeError, "no global layers"),
         ({"latent_width": 20}, ShapeError, "latent_width must be 8 k, got 20"),
         ({"condition_features": -1}, ShapeError, "at least 0"),

@@ -34,16 +34,14 @@ class FITAutoregressive(TiedHead):
         layers: "(2)4(2)", ending with local layers; see `FIT`.
         tokens_per_group: n. groups: t. latents_per_group: m.
         vocabulary: number of token ids.
-        start_token: an id put before the sequence, whose last token is then dropped: logits[:, j] are of
-            input_ids[:, j] itself, so labels are the inputs (the published form, with 0). None = as of any decoder
-            here, logits[:, j] are of input_ids[:, j + 1].
         pad_groups: take any length up to t * n; the last group is filled up, and what was filled is cut off again.
         head: built as head(token_width, vocabulary); the plain one is the token embedding, with a bias.
         The rest: as of `FIT`. A token_layer is given a causal mask.
     Raises:
         ShapeError: sizes do not fit; at the call, a length that is not of whole groups, or too long. RecipeError: a
             layer string without global layers, or with some at the end, where no token would read them.
-    Source: section 4.2, and the official FITAR.
+    Source: section 4.2, and the official FITAR. Deviation: that one puts a token 0 before the sequence, drops the
+        last one, and answers logits of the inputs themselves; the same function where the data begins with that token.
     Example:
         >>> sizes = {"token_width": 8, "latent_width": 16, "token_heads": 2, "latent_heads": 2}
         >>> FITAutoregressive("(1)1(1)", 4, 3, 2, vocabulary=32, **sizes)(torch.zeros(1, 12, dtype=torch.long)).shape
@@ -62,7 +60,6 @@ class FITAutoregressive(TiedHead):
         latent_heads: int,
         *,
         vocabulary: int,
-        start_token: int | None = None,
         mlp_ratio: int = 4,
         positions: Positions = "learned",
         dropout: float = 0.0,
@@ -82,10 +79,10 @@ class FITAutoregressive(TiedHead):
         )  # fmt: skip
         if shape.ends_global or not any(count for _, count in shape.counts):
             raise RecipeError(f"layers={layers!r} must have global layers and end with local ones, which read them")
-        if vocabulary < 1 or not 0 <= (start_token or 0) < vocabulary:
-            raise ShapeError(f"FIT: start_token must be an id below the vocabulary, got {start_token} and {vocabulary}")
+        if vocabulary < 1:
+            raise ShapeError(f"FIT: vocabulary must be at least 1, got {vocabulary}")
         self.tokens_per_group, self.context = tokens_per_group, groups * tokens_per_group
-        self.start_token, self.pad_groups, self.causal = start_token, pad_groups, True
+        self.pad_groups, self.causal = pad_groups, True
         self.embedding = nn.Embedding(vocabulary, token_width)
         self.positions = PositionTable(tokens_per_group, token_width, positions)
         self.trunk = InterleavedLayers(shape)
@@ -105,7 +102,7 @@ class FITAutoregressive(TiedHead):
                 f"{input_ids.shape[1]} tokens are no whole groups of {self.tokens_per_group}; any number is taken with "
                 "pad_groups=True"
             )
-        return self._logits(input_ids if self.start_token is None else self._started(input_ids)[:, :-1])
+        return self._logits(input_ids)
 
     @torch.no_grad()
     def generate(
@@ -113,8 +110,7 @@ class FITAutoregressive(TiedHead):
     ) -> Tensor:
         """Continue each sequence by `steps` tokens; (B, T) -> (B, T + steps). Call `eval()` first to turn dropout off.
 
-        T may be any length, and 0 with a start token. Keys and values of the group at hand and of all latents are
-        kept, where every layer can.
+        T may be any length. Keys and values of the group at hand and of all latents are kept, where every layer can.
 
         Args:
             temperature: divides the logits before sampling; 0 = always the likeliest token.
@@ -124,16 +120,15 @@ class FITAutoregressive(TiedHead):
         """
         if temperature < 0 or steps < 0:
             raise ValueError(f"temperature and steps must not be negative, got {temperature} and {steps}")
-        seen = input_ids if self.start_token is None else self._started(input_ids)
-        if not seen.shape[1]:
-            raise ShapeError("generation continues at least one token, or give the model a start_token")
+        if not input_ids.shape[1]:
+            raise ShapeError(f"generation continues at least one token, got input_ids {tuple(input_ids.shape)}")
         if input_ids.shape[1] + steps > self.context:
             raise ShapeError(f"{input_ids.shape[1]} tokens and {steps} steps do not fit the context of {self.context}")
-        cache = GroupCache() if self.caches else None
+        cache, seen = GroupCache() if self.caches else None, input_ids
         for _ in range(steps):
             last = self._logits(seen)[:, -1] if cache is None else self._next_logits(seen[:, cache.length :], cache)
             seen = torch.cat((seen, sample(last, temperature, generator)), dim=1)
-        return seen if self.start_token is None else seen[:, 1:]
+        return seen
 
     @property
     def caches(self) -> bool:
@@ -162,9 +157,6 @@ class FITAutoregressive(TiedHead):
             x = cache.advance(self.trunk, self.positions(self.embedding(part), cache.in_group), self.tokens_per_group)
         assert x is not None
         return self.head(self.token_norm(x[:, -1]))
-
-    def _started(self, input_ids: Tensor) -> Tensor:
-        return F.pad(input_ids, (1, 0), value=self.start_token)
 
     def _check(self, input_ids: Tensor) -> None:
         if input_ids.dim() != 2 or input_ids.is_floating_point():

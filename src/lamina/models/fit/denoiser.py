@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import RecipeError, ShapeError
-from lamina.models.fit.encoder import check_global, check_stem, with_side
+from lamina.models.fit.encoder import check_global, check_stem, of_latents, with_side
 from lamina.models.fit.grouping import into_groups
 from lamina.models.fit.interleaved import FITShape, InterleavedLayers
-from lamina.models.fit.layers import SOURCE, Positions, ResidualMLP, TokenStem, initialise, norm_of, sines
+from lamina.models.fit.layers import SOURCE, Positions, ResidualMLP, TokenStem, initialise, norm_of
+from lamina.models.transformer import normed, sinusoids
 from lamina.recipe import Node
 from lamina.registry import Slot, register
 
@@ -41,7 +42,7 @@ class FITDenoiser(nn.Module):
         The rest: as of `FIT`.
     Raises:
         ShapeError: sizes do not fit; at the call, other tokens, times or conditions. RecipeError: no global layers, or
-            ones at the end whose latents nothing would read.
+            ones at the end, which no answer learns from.
     Source: section 4.3 and the official FITDenoiser.
     Example:
         >>> sizes = {"in_features": 5, "token_width": 8, "latent_width": 16, "token_heads": 2, "latent_heads": 2}
@@ -88,7 +89,8 @@ class FITDenoiser(nn.Module):
         )  # fmt: skip
         check_stem(in_features, side_features)
         check_global(shape)
-        if shape.ends_global and not self_conditioning:
+        if shape.ends_global:
+            # Not for self_conditioning either: the latents of the step before are read detached, so none would learn.
             raise RecipeError(f"layers={layers!r} ends with global layers that change no token: end it with local ones")
         if token_layer is not None and not local_attention:
             raise RecipeError("local_attention=False is about the layers that token_layer replaces: give one of them")
@@ -126,12 +128,12 @@ class FITDenoiser(nn.Module):
         x, mask = into_groups(inputs, attention_mask, self.group_shape, self.in_features, self.pad_groups)
         start = self.trunk.start(*x.shape[:2])
         if self.previous is not None:
-            start = self.previous(start, latents)
+            start = self.previous(start, latents, of_latents(mask, start))
         elif latents is not None:
             raise ShapeError("latents of the step before are read by a FITDenoiser with self_conditioning=True")
-        read = self._condition(len(x), time, condition)
-        tokens, found = self.trunk(self.stem(x, y), start, with_side(mask, y), read)
-        return self.head(self.token_norm(tokens[:, :, -x.shape[2] :])), found
+        read, seen = self._condition(len(x), time, condition), with_side(mask, y)
+        tokens, found = self.trunk(self.stem(x, y, seen), start, seen, read)
+        return self.head(normed(self.token_norm, tokens[:, :, -x.shape[2] :], mask)), found
 
     def _condition(self, batch: int, time: Tensor, condition: Tensor | None) -> Tensor:
         """Put the time and the condition's tokens into one sequence (B, 1 + s, latent_width)."""
@@ -172,15 +174,15 @@ class PreviousLatents(nn.Module):
         self.mlp, self.norm = ResidualMLP(width, mlp_ratio, 0.0, 0.0), norm_of(width)
         nn.init.zeros_(self.norm.weight)
 
-    def forward(self, latents: Tensor, previous: Tensor | None) -> Tensor:
-        """Add what is made of the step before's latents (B, t, m, D); None = zeros."""
+    def forward(self, latents: Tensor, previous: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """Add what is made of the step before's latents (B, t, m, D); None = zeros. mask (B, t, m), True = real."""
         if previous is not None and previous.shape != latents.shape:
             raise ShapeError(f"latents of the step before must be {tuple(latents.shape)}, got {tuple(previous.shape)}")
         given = torch.zeros_like(latents) if previous is None else previous.to(latents.dtype)
-        return latents + self.norm(self.mlp(given))
+        return latents + normed(self.norm, self.mlp(given, mask), mask)
 
 
 def time_features(time: Tensor, width: int) -> Tensor:
     """Turn times (B,) from 0 to 1 into (B, width) sines and cosines of 1000 * time, of mean 0 and deviation 1 each."""
-    found = sines(TIMES * time.float(), width)
+    found = sinusoids(TIMES * time.float(), width)
     return (found - found.mean(-1, keepdim=True)) / found.std(-1, correction=0, keepdim=True)

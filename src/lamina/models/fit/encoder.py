@@ -14,7 +14,7 @@ from lamina.errors import RecipeError, ShapeError
 from lamina.models.fit.grouping import group_image, into_groups
 from lamina.models.fit.interleaved import FITShape, InterleavedLayers
 from lamina.models.fit.layers import SOURCE, Positions, TokenStem, initialise, norm_of
-from lamina.models.transformer import mean_token
+from lamina.models.transformer import mean_token, normed
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
 
@@ -116,17 +116,17 @@ class FIT(nn.Module):
             attention_mask: (B, t, n), or (B, L) as x; True = a real token. A group may have none.
         """
         x, mask = into_groups(inputs, attention_mask, self.group_shape, self.in_features, self.pad_groups)
-        tokens, latents = self.trunk(self.stem(x, y), None, with_side(mask, y))
-        tokens = tokens[:, :, -x.shape[2] :]
+        seen = with_side(mask, y)
+        tokens, latents = self.trunk(self.stem(x, y, seen), None, seen)
+        tokens, kept = tokens[:, :, -x.shape[2] :], of_latents(mask, latents)
         if self.head is None:
             assert self.token_norm is not None
             assert self.latent_norm is not None
-            return self.token_norm(tokens), self.latent_norm(latents)
+            return normed(self.token_norm, tokens, mask), normed(self.latent_norm, latents, kept)
         if self.latent_norm is not None:
-            kept = None if mask is None else mask.any(-1)[..., None].expand(latents.shape[:3]).flatten(1)
-            return self.head(mean_token(self.latent_norm(latents).flatten(1, 2), kept))
+            return self.head(_mean(self.latent_norm, latents, kept))
         assert self.token_norm is not None
-        return self.head(mean_token(self.token_norm(tokens).flatten(1, 2), None if mask is None else mask.flatten(1)))
+        return self.head(_mean(self.token_norm, tokens, mask))
 
 
 @register("model", "fit_image", source=f"{SOURCE}, section 4")
@@ -218,7 +218,17 @@ def with_side(mask: Tensor | None, y: Tensor | None) -> Tensor | None:
     return torch.cat((mask.any(-1, keepdim=True).expand(-1, -1, y.shape[2]), mask), dim=2)
 
 
+def of_latents(mask: Tensor | None, latents: Tensor) -> Tensor | None:
+    """Turn a mask (B, t, n) into that of the latents (B, t, m, D): (B, t, m), those of a group with any real token."""
+    return None if mask is None else mask.any(-1, keepdim=True).expand(latents.shape[:3])
+
+
 def initialise_head(head: nn.Module) -> None:
     """Draw a plain head; one of another kind keeps how it started."""
     if type(head) is nn.Linear:
         initialise(head)
+
+
+def _mean(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Average the real ones of (B, t, n, C), behind the norm; (B, C)."""
+    return mean_token(normed(norm, x, mask).flatten(1, 2), None if mask is None else mask.flatten(1))

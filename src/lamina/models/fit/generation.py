@@ -29,7 +29,7 @@ class GroupCache:
     local: KeyValueCache = field(default_factory=KeyValueCache)
     latent: KeyValueCache = field(default_factory=KeyValueCache)
     read: dict[int, Tensor] = field(default_factory=dict)
-    """Block -> the last finished group's latents (B, m, D), which the group at hand reads."""
+    """Block -> the last finished group's latents (B, m, D), which the group at hand reads; zeros before the first."""
     tokens: dict[int, list[Tensor]] = field(default_factory=dict)
     """Block -> the group's tokens behind its local layers, a part for each call."""
 
@@ -46,8 +46,9 @@ class GroupCache:
                 x = layer(x, cache=self.local)
             if block.write is not None:
                 self.tokens.setdefault(i, []).append(x)
-                start = trunk.start(len(x), 1)[:, 0]
-                x = block.write(x, self.read.get(i, torch.zeros_like(start)))
+                if i not in self.read:
+                    self.read[i] = torch.zeros_like(trunk.start(len(x), 1)[:, 0])
+                x = block.write(x, self.read[i])
         # A trunk without local attention left fills no slot, and counts all the same.
         self.local.advance(x.shape[1])
         self.length += x.shape[1]

@@ -111,19 +111,22 @@ class FITBlock(nn.Module):
             condition: (B, s, D).
         """
         groups = tokens.shape[1]
+        of_groups = None if latent_mask is None else latent_mask.reshape(-1, latents.shape[2])  # (B t, m)
         x = tokens.flatten(0, 1)  # (B t, k + n, C)
         for layer in self.local:
             x = layer(x, attention_mask=token_mask)
         if self.read is not None:
-            z = self.read(latents.flatten(0, 1), x, token_mask).unflatten(0, (-1, groups)).flatten(1, 2)  # (B, t m, D)
+            z = self.read(latents.flatten(0, 1), x, token_mask, of_groups)
+            z = z.unflatten(0, (-1, groups)).flatten(1, 2)  # (B, t m, D)
             if self.condition is not None and condition is not None:
-                z = self.condition(z, condition)
+                z = self.condition(z, condition, None, latent_mask)
             for layer in self.latent:
                 z = layer(z, attention_mask=latent_mask)
             latents = z.unflatten(1, (groups, -1))
         if self.write is not None:
             seen = shift_latents(latents) if self.shifted else latents
-            x = self.write(x, seen.flatten(0, 1))
+            # Causal tokens, whose groups read those before, come without a mask.
+            x = self.write(x, seen.flatten(0, 1), of_groups, token_mask)
         return x.unflatten(0, (-1, groups)), latents
 
 

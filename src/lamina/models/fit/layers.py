@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError, RecipeError, ShapeError
 from lamina.models._metaformer_block import DropPath
-from lamina.models.transformer import TransformerBlock
+from lamina.models.transformer import TransformerBlock, normed, sinusoids
 from lamina.nn.attention import Attention, visible
 from lamina.nn.cross_attention import CrossAttention
 from lamina.nn.feed_forward import FeedForward
@@ -66,8 +66,9 @@ class FITLayer(TransformerBlock):
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Run both branches; `context` is offered to the mixer."""
         given = {k: v for k, v in context.items() if v is not None and self.takes(k)}
-        x = x + self.drop_path(self.mixer(self.norm1(x), **given))
-        return x + self.drop_path(self.feed_forward(self.norm2(x)))
+        mask = context.get("attention_mask")
+        x = x + self.drop_path(self.mixer(normed(self.norm1, x, mask), **given))
+        return x + self.drop_path(self.feed_forward(normed(self.norm2, x, mask)))
 
 
 class ResidualMLP(nn.Module):
@@ -78,9 +79,9 @@ class ResidualMLP(nn.Module):
         self.norm, self.feed_forward = norm_of(width), feed_forward(width, mlp_ratio, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, **context: Any) -> Tensor:
-        """Apply it to every position; there is no mixer that `context` could be for."""
-        return x + self.drop_path(self.feed_forward(self.norm(x)))
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Apply it to every position; the mask (...), True = a real token, is for a norm that counts tokens."""
+        return x + self.drop_path(self.feed_forward(normed(self.norm, x, attention_mask)))
 
 
 class OwnLayer(nn.Module):
@@ -123,11 +124,15 @@ class CrossRead(nn.Module):
         self.norm = norm_of(width)
         self.context_norm: nn.Module = norm_of(context_width) if context_norm else nn.Identity()
         self.attention = CrossAttention(width, context_width, heads)
-        self.mlp: nn.Module = nn.Identity() if mlp is None else mlp
+        self.mlp = mlp
 
-    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
-        """Read; context_mask (N, S), True = a real token."""
-        return self.mlp(x + self.attention(self.norm(x), self.context_norm(context), context_mask))
+    def forward(
+        self, x: Tensor, context: Tensor, context_mask: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Read; context_mask (N, S) and mask (N, T) of x, True = a real token."""
+        read = normed(self.context_norm, context, context_mask)
+        x = x + self.attention(normed(self.norm, x, mask), read, context_mask)
+        return x if self.mlp is None else self.mlp(x, mask)
 
 
 class TokenStem(nn.Module):
@@ -146,13 +151,14 @@ class TokenStem(nn.Module):
         self.side = nn.Linear(side_features, width) if side_features else None
         self.side_norm = norm_of(width) if side_features else None
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Embed; y (B, t, k, side_features).
+    def forward(self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Embed; y (B, t, k, side_features); mask (B, t, k + n), the side tokens' first, True = a real token.
 
         Raises:
             ShapeError: side tokens of another shape, or where there are none to be.
         """
-        tokens = self.positions(self.norm(self.project(x)))
+        seen = None if mask is None else mask[:, :, -x.shape[2] :]
+        tokens = self.positions(normed(self.norm, self.project(x), seen))
         if self.side is None or self.side_norm is None or y is None:
             if y is not None or self.side is not None:
                 raise ShapeError(f"side tokens y: side_features is {self.side_features}, got {_shape(y)}")
@@ -160,7 +166,8 @@ class TokenStem(nn.Module):
         if y.dim() != 4 or y.shape[:2] != x.shape[:2] or y.shape[-1] != self.side_features:
             wanted = (*x.shape[:2], "k", self.side_features)
             raise ShapeError(f"side tokens y must be {wanted} floating-point numbers, got {_shape(y)}")
-        return torch.cat((self.side_norm(self.side(y)), tokens), dim=2)
+        seen = None if mask is None else mask[:, :, : y.shape[2]]
+        return torch.cat((normed(self.side_norm, self.side(y), seen), tokens), dim=2)
 
 
 class PositionTable(nn.Module):
@@ -188,23 +195,15 @@ def sine_table(tokens: int, width: int, *, grid: bool = False) -> Tensor:
     Raises:
         ShapeError: width does not divide by 2 (grid: 4), or the tokens are no square.
     """
+    if width % 2:
+        raise ShapeError(f"sines and cosines need an even width, got {width}")
     if not grid:
-        return sines(torch.linspace(0.0, FURTHEST, tokens), width)
+        return sinusoids(torch.linspace(0.0, FURTHEST, tokens), width)
     side = math.isqrt(tokens)
     if side * side != tokens or width % 4:
         raise ShapeError(f"positions on a square need n a square and a width of 4 k, got {tokens} and {width}")
-    line = sines(torch.linspace(0.0, FURTHEST, side), width // 2)
+    line = sinusoids(torch.linspace(0.0, FURTHEST, side), width // 2)
     return torch.cat((line.repeat_interleave(side, 0), line.repeat(side, 1)), dim=1)
-
-
-def sines(numbers: Tensor, width: int) -> Tensor:
-    """Turn numbers (...) into (..., width): sines, then cosines, of wave lengths from 2 pi to 20000 pi."""
-    if width % 2:
-        raise ShapeError(f"sines and cosines need an even width, got {width}")
-    half = width // 2
-    rates = 10000.0 ** (-torch.arange(half, device=numbers.device, dtype=torch.float32) / half)
-    angles = numbers.float()[..., None] * rates
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def norm_of(width: int) -> nn.LayerNorm:
