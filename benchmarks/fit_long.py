@@ -13,27 +13,16 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.fit import training
 from benchmarks.harness import Row, forward, pair, write
-from lamina.experiments.fit import LiveBytes
-from lamina.models import FIT, TransformerBlock
-from lamina.nn import Attention, FeedForward
+from lamina.experiments.fit import GROUP, HEADS, LATENTS, LAYERS, WIDTH, LiveBytes, full_transformer
+from lamina.models import FIT
 
 LENGTHS = (4096, 16384, 65536)
-WIDTH, HEADS, GROUP, LATENTS, LAYERS = 32, 2, 256, 16, "(1)1(1)1"
 NAMES = (f"fit {LAYERS}, n = {GROUP}, m = {LATENTS}", "4 layers of full attention")
 LIMIT = 4 * 2**30
 """Bytes that a training step may take in the search for the longest sequence."""
-
-
-def full_transformer() -> nn.Module:
-    def block() -> nn.Module:
-        attention = Attention(WIDTH, HEADS, bias=True)
-        return TransformerBlock(nn.LayerNorm(WIDTH), attention, nn.LayerNorm(WIDTH), FeedForward(WIDTH))
-
-    return nn.Sequential(*(block() for _ in range(4)))
 
 
 def long_fit(length: int, **options: Any) -> FIT:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import forward, pair, training, write
+from lamina import anatomy
 from lamina.models import TokenFormer, Transformer
 from lamina.nn import Pattention
 from lamina.rewrite import GrowParameterTokens, rewrite
@@ -41,8 +42,7 @@ def ported(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     for path, layer in list(twin.named_modules()):
         if isinstance(layer, Pattention):
-            parent, _, name = path.rpartition(".")
-            setattr(twin.get_submodule(parent), name, Port(layer))
+            anatomy.swap(twin, path, Port(layer))
     return twin
 
 

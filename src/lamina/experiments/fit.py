@@ -19,10 +19,10 @@ the latents read their group; global layers attend among all latents, (L m / n)^
 latents back. "(2)4(2)" is two local layers, four global ones, two local ones. With n = (L m^2)^(1/3) both kinds cost
 the same, and their sum grows as L^(4/3). A decoder's latents see their own and earlier groups, and tokens read those of
 the group before: `FITAutoregressive` keeps keys and values of the group at hand and of all latents, and a group's
-latents are run once, when it is full. Logits are of the token after each, as of every decoder here; with a
-`start_token` they are of the token itself, as published. `LocalGlobalAttention` is one block of it as a mixer of any
-length, with all groups on the same latents, told apart by rotary positions; its way round through latents starts at
-zero.
+latents are run once, when it is full. Logits are of the token after each, as of every decoder here; the published form
+shifts its inputs by a token 0 instead, which is the same function. `LocalGlobalAttention` is one block of it as a mixer
+of any length, with all groups on the same latents, told apart by rotary positions; its way round through latents starts
+at zero.
 
 What is measured: `seconds` of one forward pass over 16384 tokens, one thread, four layers of width 32 (n = 256, m = 16,
 `(1)1(1)1`) against four layers of full attention on torch's fused kernel; `slope`, the exponent with which the counted
@@ -47,7 +47,7 @@ groups tell each other passes through m latents. The images of 6400 x 6400 that 
 reach of a CPU: `attention_cost` puts what a training step keeps of the attention layers there (n = 1600, t = 100, m =
 64, widths 512 and 768, `(2)4(2)4(2)4(2)`) at 54 GB in float32 and 27 in bfloat16: 5.25 and 2.63 a local layer, 1.38 and
 0.69 a read, 0.31 and 0.16 a global layer; one block, which is what `checkpoint` holds at a time, at 14.5 and 7.3. Here
-524288 tokens of width 32 train in 3.4 GB, four layers (`benchmarks/fit_long.py`).
+524288 tokens of width 32 train in 3.4 GB, four layers with n = 512 (`benchmarks/fit_long.py`).
 
 Composes with: LAMB, drop passes (`trunk: trunk.blocks.0.local`), distillation, `Replace` of norms, linear layers and
 head, other layers inside (`token_layer`, `latent_layer`), the slot `head`, recomputing (`checkpoint`), data parallel
@@ -342,8 +342,8 @@ def apart(model: FITAutoregressive, joined: bool) -> FITAutoregressive:
 def held_out(model: nn.Module, data: Data, device: torch.device) -> float:
     """Return the mean loss of the first held-out blocks."""
     assert data.evaluation is not None
-    losses = []
-    for rows in torch.arange(min(EVALUATED, len(data.evaluation))).split(16):
+    losses, count = [], min(EVALUATED, len(data.evaluation))
+    for rows in torch.arange(count).split(16):
         batch = to_device(data.evaluation.batch(rows), device)
         losses.append(float(NextToken()(model, batch)["loss"]) * len(rows))
-    return sum(losses) / EVALUATED
+    return sum(losses) / count
