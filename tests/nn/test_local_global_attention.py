@@ -99,8 +99,11 @@ def test_it_starts_as_local_attention_and_with_one_group_as_attention() -> None:
     whole.load_state_dict(layer.local.state_dict())
     torch.testing.assert_close(layer(x), torch.cat([whole(part) for part in x.split(3, 1)], 1))
     torch.testing.assert_close(layer(x[:, :3]), whole(x[:, :3]))
-    layer.initialise(0.02, 0.01)
-    assert not layer.write.out.weight.any()
+    partly = make(lively=False, rotary=True, rotary_fraction=0.5)
+    whole = Attention(8, 2, rotary=True, rotary_fraction=0.5)
+    whole.load_state_dict(partly.local.state_dict())
+    torch.testing.assert_close(partly(x[:, :3]), whole(x[:, :3]))
+    assert not torch.allclose(partly(x[:, :3]), layer(x[:, :3]))
 
 
 def test_padding_is_read_by_no_one() -> None:

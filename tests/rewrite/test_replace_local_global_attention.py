@@ -32,6 +32,26 @@ def decoder() -> nn.Module:
     return Transformer(2, 16, 4, kv_heads=2, vocabulary=32, context=8)
 
 
+def partly_turning() -> nn.Module:
+    return Transformer(2, 32, 4, mixer={"name": "attention", "rotary_fraction": 0.25}, vocabulary=32, context=8)
+
+
+def partly_turning_phi() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return transformers.PhiForCausalLM(
+        transformers.PhiConfig(vocab_size=32, max_position_embeddings=16, pad_token_id=0, bos_token_id=1,
+                               eos_token_id=2, rope_parameters=rope, **sizes)
+    )  # fmt: skip
+
+
+def partly_turning_phi_of_transformers_4() -> nn.Module:
+    model = partly_turning_phi()
+    model.config.rope_parameters, model.config.partial_rotary_factor = None, 0.5
+    return model
+
+
 def vit_of_ours() -> nn.Module:
     return VisionTransformer(8, 2, 2, 16, 2, classes=3)
 
@@ -44,6 +64,9 @@ CASES = [
     (torch_encoder, VECTORS, {}),
     (vit_of_ours, IMAGES, {}),
     (decoder, TOKENS, ROTARY),
+    (partly_turning, TOKENS, ROTARY),
+    (partly_turning_phi, TOKENS, ROTARY),
+    (partly_turning_phi_of_transformers_4, TOKENS, ROTARY),
     (lambda: llama()[0], TOKENS, ROTARY),
     (lambda: home_made()[0], home_made()[1], {}),
 ]

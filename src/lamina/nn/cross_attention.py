@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lamina.errors import ShapeError
 from lamina.nn._inputs import check_features
 from lamina.nn.attention import Kernel, visible
-from lamina.nn.torch_layers import draw
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
 
@@ -80,11 +79,6 @@ class CrossAttention(nn.Module):
         mask = visible(q.shape[2], k.shape[2], None, context_mask)
         attend = F.scaled_dot_product_attention if self.kernel is None else self.kernel
         return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
-
-    def initialise(self, std: float, out_std: float) -> None:
-        """Draw the weights anew: normal with `std`, the output projection with `out_std`; biases zero."""
-        for layer in (self.query, self.key, self.value, self.out):
-            draw(layer, out_std if layer is self.out else std)
 
     def extra_repr(self) -> str:
         """Show what the projections do not."""

@@ -28,12 +28,13 @@ class LocalGlobalAttention(nn.Module):
     groups, and are read by its tokens; what is read is added to the local attention's output. Causal: tokens see
     earlier ones of their group, and read the latents of the group before, which have read all groups up to theirs.
 
-    The way round starts at zero: a new layer is local attention, and in place of an attention whose weights it takes
-    over it changes nothing for sequences of one group.
+    The way round starts at zero: a new layer is local attention, and in place of a softmax attention whose weights it
+    takes over, with the same rotary options, it changes nothing for sequences of one group.
 
     Args:
-        heads, kv_heads, head_width, bias, output_bias, rotary, rotary_base, dropout, linear: of the local attention, as
-            of `Attention`. The way round has the same heads, all biases, and rotary positions by the group's number.
+        heads, kv_heads, head_width, bias, output_bias, rotary, rotary_base, rotary_fraction, dropout, linear: of the
+            local attention, as of `Attention`. The way round has the same heads, all biases, and rotary positions by
+            the group's number.
         group: n, tokens of a group. latents: m, of each group.
         causal: a token sees earlier ones only.
         context: the longest sequence allowed; None = any.
@@ -63,6 +64,7 @@ class LocalGlobalAttention(nn.Module):
         causal: bool = False,
         rotary: bool = False,
         rotary_base: float = 10000.0,
+        rotary_fraction: float = 1.0,
         context: int | None = None,
         dropout: float = 0.0,
         linear: Annotated[Node, Slot("layer")] = "linear",
@@ -72,7 +74,7 @@ class LocalGlobalAttention(nn.Module):
             raise ShapeError(f"LocalGlobalAttention: group and latents must be at least 1, got {group} and {latents}")
         self.local = Attention(
             width, heads, kv_heads=kv_heads, head_width=head_width, bias=bias, output_bias=output_bias, causal=causal,
-            rotary=rotary, rotary_base=rotary_base, dropout=dropout, linear=linear,
+            rotary=rotary, rotary_base=rotary_base, rotary_fraction=rotary_fraction, dropout=dropout, linear=linear,
         )  # fmt: skip
         self.group, self.latents, self.context, self.causal, self.rotary = group, latents, context, causal, rotary
         heads, head_width = self.local.heads, self.local.head_width
@@ -84,7 +86,8 @@ class LocalGlobalAttention(nn.Module):
         self.among = Attention(width, heads, head_width=head_width, bias=True, **turns)  # type: ignore[arg-type]
         self.write_norm, self.write = nn.LayerNorm(width), CrossAttention(width, width, heads, head_width)
         nn.init.trunc_normal_(self.table, std=TABLE_STD)
-        self._close_way_round()
+        nn.init.zeros_(self.write.out.weight)
+        nn.init.zeros_(self.write.out.bias)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Attend; attention_mask (B, T) bool or 0/1, True = a real token."""
@@ -108,13 +111,6 @@ class LocalGlobalAttention(nn.Module):
         mixed = mixed + self._from_others(tokens, groups, seen)
         return mixed.unflatten(0, (-1, groups)).flatten(1, 2)[:, :length]
 
-    def initialise(self, std: float, out_std: float) -> None:
-        """Draw the weights anew: normal with `std`, the local output with `out_std`; the way round stays closed."""
-        self.local.initialise(std, out_std)
-        for part in (self.read, self.among, self.write):
-            part.initialise(std, std)
-        self._close_way_round()
-
     def extra_repr(self) -> str:
         """Show what the projections do not."""
         return f"group={self.group}, latents={self.latents}, causal={self.causal}"
@@ -132,8 +128,3 @@ class LocalGlobalAttention(nn.Module):
         if self.causal:
             z = F.pad(z[:, :-1], (0, 0, 0, 0, 1, 0))
         return self.write(tokens, z.flatten(0, 1))
-
-    def _close_way_round(self) -> None:
-        nn.init.zeros_(self.write.out.weight)
-        if self.write.out.bias is not None:
-            nn.init.zeros_(self.write.out.bias)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn import Parameter
@@ -21,6 +24,8 @@ def offered(old: nn.Module, heads: int | None) -> dict[str, bool | int | float]:
     }
     scale = _scale(old)
     given |= {} if scale is None else {"scale": scale}
+    fraction = _rotary_fraction(_heir(old))
+    given |= {} if fraction is None else {"rotary_fraction": fraction}
     if heads is not None and len(found.query.rows) % heads == 0:
         head_width = len(found.query.rows) // heads
         given |= {"head_width": head_width, "kv_heads": len(found.key.rows) // head_width}
@@ -31,6 +36,20 @@ def _scale(old: nn.Module) -> float | None:
     """Return what the attention says that it multiplies its scores by; None = it does not say."""
     values = (getattr(m, name, None) for m in old.modules() for name in ("scaling", "scale"))
     return next((v for v in values if isinstance(v, float) and v > 0), None)
+
+
+def _rotary_fraction(old: nn.Module) -> float | None:
+    """Return which share of a head's channels the attention says that it turns; None = it does not say."""
+    for module in old.modules():
+        turning, size = getattr(module, "rotary_width", None), getattr(module, "head_width", None)
+        if turning and size:
+            # Not a hair less: the share times head_width is rounded down.
+            return min(1.0, math.nextafter(turning / size, 2.0))
+    config, name = getattr(old, "config", None), "partial_rotary_factor"
+    rope = getattr(config, "rope_parameters", None)
+    # In the configuration itself before transformers 5.
+    share = rope.get(name) if isinstance(rope, Mapping) else getattr(config, name, None)
+    return share if isinstance(share, float) else None
 
 
 def carry_projections(old: nn.Module, new: nn.Module, heads: int | None, lineage: Lineage) -> bool:
