@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.contract.example import Example
 
-from lamina.errors import ShapeError
+from lamina.errors import LaminaError, ShapeError
 from lamina.models import LatentODE
 from lamina.nn import NeuralODE
 
@@ -72,6 +72,8 @@ def test_times_may_be_uneven_and_one_row_is_a_series() -> None:
     alone = model(horizon=0).eval()(x[:, :1])
     assert alone["logits"].shape == (3, 1, 2)
     torch.testing.assert_close(alone["logits"][:, 0], model(horizon=0).decoder(alone["mean"]))
+    for time in ([0.0], torch.tensor([3.5])):
+        assert torch.equal(model(horizon=0).eval()(x[:, :1], times=time)["logits"], alone["logits"])
 
 
 def test_wrong_series_are_refused() -> None:
@@ -83,3 +85,5 @@ def test_wrong_series_are_refused() -> None:
         net(series()["inputs"], torch.ones(3, 5, dtype=torch.bool)[..., None])
     with pytest.raises(ShapeError, match="need 7 times, got 5"):
         net(series()["inputs"], times=[0.0, 0.1, 0.2, 0.3, 0.4])
+    with pytest.raises(LaminaError, match=r"must be strictly rising, got \[6\.0, 5\.0"):
+        net(series()["inputs"], times=range(6, -1, -1))

@@ -236,6 +236,18 @@ def test_bad_states_and_fields_are_refused_with_the_time() -> None:
     assert block.request is None
 
 
+@pytest.mark.parametrize("adjoint", ["discrete", "backsolve"])
+def test_an_assertion_of_the_user_s_own_is_left_alone(adjoint: str) -> None:
+    class Picky(nn.Module):
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            assert bool(t < 0.2), "mine"
+            return -z
+
+    block = NeuralODE(Picky(), adjoint=adjoint)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="mine"):
+        block(torch.ones(3, 2, requires_grad=True))
+
+
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     solve.solvers.cache_clear()
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import math
 import sys
 
@@ -162,6 +163,49 @@ def test_evaluations_and_steps_are_counted_and_none_is_made_twice(method: str) -
         pass
 
 
+@pytest.mark.parametrize("fraction", [None, 0.3])
+def test_a_solve_holds_on_to_no_more_states_the_more_steps_it_takes(fraction: float | None) -> None:
+    layer, z0 = block(tolerance=5e-4).eval(), torch.zeros(13, 4)
+    calls, held = [0], []
+
+    def look(*_: object) -> None:
+        calls[0] += 1
+        if calls[0] % 300 == 0:
+            held.append(sum(type(o) is Tensor and o.shape == z0.shape for o in gc.get_objects()))
+
+    layer.drift.register_forward_hook(look)
+    with torch.no_grad(), recording(layer, fraction):
+        layer(z0)
+    # Beside the states there are those of the path's that torchsde keeps, some hundred.
+    assert layer.solution.steps > 80
+    assert held[-1] - held[0] < 20
+    assert (layer.solution.state_at_save is None) == (fraction is None)
+
+
+def test_an_assertion_of_the_user_s_own_is_left_alone() -> None:
+    class Picky(nn.Module):
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            assert bool(t < 0.2), "mine"
+            return 1.0 * z
+
+    for method, adjoint in (("sri2w1", "discrete"), ("euler_heun", "backsolve")):
+        for drift, diffusion in ((Picky(), nn.Linear(2, 2)), (nn.Linear(2, 2), Picky())):
+            layer = NeuralSDE(drift, diffusion, method=method, adjoint=adjoint)  # type: ignore[arg-type]
+            with pytest.raises(AssertionError, match="mine"):
+                layer(torch.ones(3, 2, requires_grad=True))
+
+
+@pytest.mark.parametrize(("method", "drifts", "diffusions"), [("sri2w1", 6, 4), ("euler_heun", 4, 3)])
+def test_the_local_error_takes_no_evaluation_too_many(method: str, drifts: int, diffusions: int) -> None:
+    layer = block(method)
+    counts = [0, 0]
+    layer.drift.register_forward_hook(lambda *_: counts.__setitem__(0, counts[0] + 1))
+    layer.diffusion.register_forward_hook(lambda *_: counts.__setitem__(1, counts[1] + 1))
+    cost = layer.local_cost(state(dtype=torch.float32), 0.1, 0.9)
+    assert counts == [drifts, diffusions]
+    assert cost.nfe == drifts
+
+
 def test_training_follows_new_paths_and_evaluation_always_the_same() -> None:
     layer, z0 = block(), state(dtype=torch.float32)
     torch.manual_seed(3)
@@ -226,7 +270,7 @@ def test_sizes_precisions_and_other_shapes(size: int, dtype: torch.dtype) -> Non
 
 def test_bad_input_is_refused() -> None:
     for change, sentence in (
-        ({"times": (1.0, 0.0)}, "forward in time"),
+        ({"times": (1.0, 0.0)}, "strictly rising"),
         ({"method": "milstein"}, "'sri2w1', 'euler_heun'"),
         ({"atol": -1.0}, "above 0"),
         ({"adjoint": "continuous"}, "'backsolve'"),
@@ -244,6 +288,12 @@ def test_bad_input_is_refused() -> None:
         block().local_cost(state(dtype=torch.float32), 0.0, 1.0, "stiffness")
     with pytest.raises(LaminaError, match="forward in time"):
         local_sde_error(lambda t, z: z, lambda t, z: z, state(), 1.0, 0.0)
+    for h in (0.0, -0.1, math.nan):
+        with pytest.raises(LaminaError, match="must be above 0, got h="):
+            local_sde_error(lambda t, z: z, lambda t, z: z, state(), 0.0, 1.0, h=h)
+    for method in ("sri2w1", "euler_heun"):
+        with pytest.raises(ShapeError, match="must return the derivative"):
+            local_sde_error(lambda t, z: z, lambda t, z: z[:1], state(), 0.0, 1.0, method=method)
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lamina.errors import ShapeError
-from lamina.nn.ode.block import NeuralODE, checked_times
+from lamina.nn.ode.block import NeuralODE, field_of, rising_times
 from lamina.nn.ode.solve import Adjoint
 from lamina.nn.ode.step import SOURCE
-from lamina.recipe import Node, factory
+from lamina.recipe import Node
 from lamina.registry import Slot, register
 
 
@@ -42,8 +42,8 @@ class LatentODE(nn.Module):
 
     Args:
         channels: of the series.
-        horizon: rows to foretell after those given, evenly spaced; 0 = reconstruct only.
-        context: rows given, if always as many: then they and the horizon fill the times 0..1. None = as many as come.
+        horizon: rows to foretell after those given, which with them fill the times 0..1 evenly; 0 = reconstruct only.
+        context: rows given, if always as many: any other number is refused. None = as many as come.
         width: of the latent state. latent: of the encoder. hidden: of the vector field; None = its own default.
         func: built as func(width=width, hidden=hidden), as far as it names them.
         method, rtol, atol, adjoint: of the `NeuralODE`.
@@ -76,10 +76,9 @@ class LatentODE(nn.Module):
                 f"{width}, {latent}, {context} and {horizon}"
             )
         self.channels, self.horizon, self.context = channels, horizon, context
-        field = factory("layer", func)(**({"width": width} | ({} if hidden is None else {"hidden": hidden})))
         self.encoder = nn.GRU(2 * channels, latent, batch_first=True)
         self.posterior = nn.Linear(latent, 2 * width)
-        self.ode = NeuralODE(field, (0.0, 1.0), method, rtol, atol, adjoint, all_times=True)
+        self.ode = NeuralODE(field_of(func, width, hidden), (0.0, 1.0), method, rtol, atol, adjoint, all_times=True)
         self.decoder = nn.Linear(width, channels)
 
     def forward(
@@ -89,7 +88,8 @@ class LatentODE(nn.Module):
 
         Args:
             mask: (B, T, channels) bool, True = observed; None = everything. What is not is not looked at.
-            times: of the T rows and the horizon's, strictly rising, the first one the latent start's; None = even.
+            times: of the T rows and the horizon's, strictly rising, the first one the latent start's; None = even over
+                0..1. Only the path sees them: the encoder reads row after row, however far apart.
         """
         if inputs.dim() != 3 or inputs.shape[2] != self.channels or inputs.shape[1] < 1:
             raise ShapeError(f"LatentODE takes series (B, T, {self.channels}), got {tuple(inputs.shape)}")
@@ -98,7 +98,7 @@ class LatentODE(nn.Module):
         rows = inputs.shape[1]
         mean, log_variance = self.encode(inputs, mask)
         z0 = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if self.training else mean
-        path = self.decoder(self.ode(z0, self._times(rows, times)).to(z0.dtype)).movedim(0, 1)[:, : rows + self.horizon]
+        path = self.decoder(self.ode(z0, self._times(rows, times))).movedim(0, 1)[:, : rows + self.horizon]
         given, ahead = path[:, :rows], path[:, rows:]
         return {
             "logits": ahead if self.horizon else given,
@@ -121,9 +121,10 @@ class LatentODE(nn.Module):
     def _times(self, rows: int, times: Sequence[float] | Tensor | None) -> tuple[float, ...]:
         total = rows + self.horizon
         if times is None:
-            # One row alone has no interval: the solve gets an end, and its state there is not read.
-            return tuple(i / max(total - 1, 1) for i in range(max(total, 2)))
-        given = times.tolist() if isinstance(times, Tensor) else list(times)
+            given = [i / max(total - 1, 1) for i in range(total)]
+        else:
+            given = times.tolist() if isinstance(times, Tensor) else list(times)
         if len(given) != total:
             raise ShapeError(f"{rows} rows and a horizon of {self.horizon} need {total} times, got {len(given)}")
-        return checked_times(given)
+        # One row alone has no interval: the solve gets an end, and its state there is not read.
+        return rising_times(given if total > 1 else [given[0], given[0] + 1.0])

@@ -6,13 +6,13 @@ Source: Pal, Edelman, Rackauckas, Locally Regularized Neural Differential Equati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
-from lamina.nn.ode.block import NeuralODE
+from lamina.nn.ode.block import NeuralODE, field_of
 from lamina.nn.ode.sde import NeuralSDE
 from lamina.nn.ode.solve import Adjoint
 from lamina.nn.ode.step import SOURCE
@@ -64,8 +64,7 @@ class NeuralODEClassifier(nn.Module):
         if augment < 0:
             raise ShapeError(f"augment must not be negative, got {augment}")
         self.features, self.augment, self.maps, width = features, augment, maps, features + augment
-        field = factory("layer", func)(**({"width": width} | ({} if hidden is None else {"hidden": hidden})))
-        self.ode = NeuralODE(field, times, method, rtol, atol, adjoint)
+        self.ode = NeuralODE(field_of(func, width, hidden), times, method, rtol, atol, adjoint)
         self.head: nn.Module = factory("layer", head)(width, classes)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -118,8 +117,9 @@ class NeuralSDEClassifier(nn.Module):
             raise LaminaError(f"trajectories must be at least 1, got {trajectories}")
         self.features, self.trajectories = features, trajectories
         self.embed = nn.Linear(features, width)
-        made = [_field(node, plain, width, hidden) for node, plain in ((drift, _drift), (diffusion, _diffusion))]
-        self.sde = NeuralSDE(made[0], made[1], times, method, rtol, atol, adjoint)
+        moved = _drift(width, hidden) if drift is None else field_of(drift, width, hidden)
+        spread = nn.Linear(width, width) if diffusion is None else field_of(diffusion, width, hidden)
+        self.sde = NeuralSDE(moved, spread, times, method, rtol, atol, adjoint)
         self.head: nn.Module = factory("layer", head)(width, classes)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -133,15 +133,6 @@ class NeuralSDEClassifier(nn.Module):
 
 def _drift(width: int, hidden: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width))
-
-
-def _diffusion(width: int, hidden: int) -> nn.Module:
-    return nn.Linear(width, width)
-
-
-def _field(node: Any, plain: Any, width: int, hidden: int) -> nn.Module:
-    made: nn.Module = (plain if node is None else factory("layer", node))(width=width, hidden=hidden)
-    return made
 
 
 def _inputs(model: nn.Module, x: Tensor, features: int, *, maps: bool) -> Tensor:

@@ -201,10 +201,16 @@ def vector_field(func: Any, width: int | None, name: str = "func") -> nn.Module:
     """
     if isinstance(func, nn.Module):
         return func
-    made = factory("layer", func)(**({} if width is None else {"width": width}))
+    made = field_of(func, width)
     if not isinstance(made, nn.Module):
         raise LaminaError(f"{name} must be a module, got a {type(made).__name__}")
     return made
+
+
+def field_of(node: Any, width: int | None, hidden: int | None = None) -> Any:
+    """Build what a node names, told the sizes that are given."""
+    sizes = {"width": width, "hidden": hidden}
+    return factory("layer", node)(**{name: size for name, size in sizes.items() if size is not None})
 
 
 def evaluate(func: nn.Module, t: Tensor, z: Tensor, *, with_time: bool) -> Tensor:
@@ -227,4 +233,16 @@ def checked_times(times: Sequence[float]) -> tuple[float, ...]:
     pairs = list(itertools.pairwise(found))
     if not pairs or not (all(a < b for a, b in pairs) or all(a > b for a, b in pairs)):
         raise LaminaError(f"times must be at least two, strictly rising or strictly falling, got {list(found)}")
+    return found
+
+
+def rising_times(times: Sequence[float]) -> tuple[float, ...]:
+    """Return the times as numbers, where time runs forward.
+
+    Raises:
+        LaminaError: fewer than two, or not strictly rising.
+    """
+    found = checked_times(times)
+    if found[0] > found[-1]:
+        raise LaminaError(f"time runs forward here: times must be strictly rising, got {list(found)}")
     return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError, require
 from lamina.nn._precision import without_autocast
-from lamina.nn.ode.block import ContinuousBlock, Estimate, LocalCost, checked_times, evaluate, vector_field
+from lamina.nn.ode.block import ContinuousBlock, Estimate, LocalCost, evaluate, rising_times, vector_field
 from lamina.nn.ode.field import takes_time
 from lamina.nn.ode.sde_step import local_sde_error, order_of
 from lamina.nn.ode.solve import Adjoint, Request, Solution
@@ -74,7 +74,7 @@ class NeuralSDE(ContinuousBlock):
         seed: int = 0,
         width: int | None = None,
     ) -> None:
-        super().__init__(_rising(times), rtol, atol, adjoint, max_steps, all_times=all_times)
+        super().__init__(rising_times(times), rtol, atol, adjoint, max_steps, all_times=all_times)
         order_of(method)
         if adjoint == "backsolve" and method == "sri2w1":
             raise LaminaError(
@@ -92,7 +92,7 @@ class NeuralSDE(ContinuousBlock):
             times: instead of the block's own.
             seed: of the path; None = a new one in training, the block's own in evaluation.
         """
-        return self._solve(z0, self.times if times is None else _rising(times), seed)
+        return self._solve(z0, self.times if times is None else rising_times(times), seed)
 
     def drift_at(self, t: Tensor, z: Tensor) -> Tensor:
         """Evaluate the drift, in the precision of its weights; returns what z is in."""
@@ -176,6 +176,8 @@ class NeuralSDE(ContinuousBlock):
         try:
             found = solve(watch, flat, t, **given)
         except AssertionError as error:
+            if watch.asserted:
+                raise
             raise watch.failure() from error
         if not bool(torch.isfinite(found[-1]).all()):
             raise watch.failure()
@@ -202,7 +204,8 @@ class _Watch:
         if self.request.fraction is not None:
             self.solution.save_time = times[0] + self.request.fraction * (times[-1] - times[0])
         self.queries, self.trial, self.starting, self.closed = 0, self.interval, False, False
-        self.states: list[Tensor] = []
+        self.asserted = False
+        self.around: list[tuple[float, Tensor]] = []
         self.known: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
@@ -211,7 +214,7 @@ class _Watch:
             self.starting = False
             if self.trial[0] != (self.solution.times[-1] if self.solution.times else None):
                 self.solution.times.append(self.trial[0])
-                self.states.append(y.detach())
+                self._keep(self.trial[0], y.detach())
         return self._evaluate("nfe", self.block.drift_at, t, y)
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
@@ -249,16 +252,23 @@ class _Watch:
         solution.steps = len(solution.times) - 1
         if solution.save_time is not None:
             solution.state_at_save = self._between(solution.save_time, last.detach()).view(self.shape)
-        if self.request.keep_steps:
-            solution.states = [s.view(self.shape) for s in self.states]
-        self.states, self.known = [], {}
+        self.around, self.known = [], {}
         return solution
+
+    def _keep(self, time: float, state: Tensor) -> None:
+        """Keep of an accepted state what is asked for: memory does not grow with the steps otherwise."""
+        if self.request.keep_steps:
+            self.solution.states.append(state.view(self.shape))
+        save = self.solution.save_time
+        if save is not None and time <= save:
+            self.around = [(time, state)]
+        elif save is not None and len(self.around) == 1:
+            self.around.append((time, state))
 
     def _between(self, time: float, last: Tensor) -> Tensor:
         """State at a time, on the line between the accepted ones around it, as torchsde itself has it."""
-        times, states = self.solution.times, [*self.states, last]
-        i = max(k for k, t in enumerate(times[:-1]) if t <= time)
-        return torch.lerp(states[i], states[i + 1], (time - times[i]) / (times[i + 1] - times[i]))
+        (start, before), (end, after) = [*self.around, (self.interval[1], last)][:2]
+        return torch.lerp(before, after, (time - start) / (end - start))
 
     def failure(self) -> LaminaError:
         """Word why the solver gave up."""
@@ -275,7 +285,12 @@ class _Watch:
             self.solution.backward_nfe += counter == "nfe"
         else:
             setattr(self.solution, counter, getattr(self.solution, counter) + 1)
-        found = checked_derivative(func, t.to(y.dtype), y.view(self.shape)).flatten(1)
+        try:
+            found = checked_derivative(func, t.to(y.dtype), y.view(self.shape)).flatten(1)
+        except AssertionError:
+            # The user's own, and none of the solver's.
+            self.asserted = True
+            raise
         if keep and not self.closed:
             # The state is kept beside its value, so that its id names no other tensor meanwhile.
             self.known[counter, id(y)] = y, found
@@ -299,10 +314,3 @@ def _path_class() -> Any:
             return super().__call__(ta, tb, return_U, return_A)
 
     return Path
-
-
-def _rising(times: Sequence[float]) -> tuple[float, ...]:
-    found = checked_times(times)
-    if found[0] > found[-1]:
-        raise LaminaError(f"an SDE runs forward in time, got times {list(found)}")
-    return found

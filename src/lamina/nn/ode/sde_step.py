@@ -89,11 +89,12 @@ def local_sde_error(
         u: state at t, any shape.
         t_end: end of the interval, after t.
         method: "sri2w1" (Ito) or "euler_heun" (Stratonovich).
+        h: size of the step, above 0.
         noise: dW and dZ, each ~ N(0, h) in the shape of u; None = drawn from `generator` (None: torch's own).
         delta: weight of the drift's part.
     Raises:
-        LaminaError: t_end is not after t, tolerances not above 0, or no such method. ShapeError: drift or diffusion
-            change shape or dtype.
+        LaminaError: t_end is not after t, h or a tolerance not above 0, or no such method. ShapeError: drift or
+            diffusion change shape or dtype.
     Source: arXiv 2303.02262, section 3.
     Example:
         >>> local_sde_error(lambda t, z: -z, lambda t, z: 0.1 * z, torch.ones(2, 3), 0.0, 1.0) > 0
@@ -107,13 +108,15 @@ def local_sde_error(
         raise LaminaError(f"an SDE runs forward in time, got the interval {float(start):.6g} to {float(end_time):.6g}")
     with torch.no_grad():
         k = checked_derivative(drift, start, u)
-        checked_derivative(diffusion, start, u)
         size = initial_step(drift, u, start, k, end_time, rtol, atol, order) if h is None else torch.as_tensor(h).to(u)
+    if h is not None and not bool(size > 0):
+        raise LaminaError(f"the step of an SDE must be above 0, got h={float(size):.6g}")
+    checked: VectorField = lambda t, z: checked_derivative(diffusion, t, z)  # noqa: E731
     dw, dz = noise if noise is not None else (draw(u, size, generator), draw(u, size, generator))
     if method == "sri2w1":
-        end, of_drift, of_noise = sri2w1_step(drift, diffusion, u, start, size, dw, dz)
+        end, of_drift, of_noise = sri2w1_step(drift, checked, u, start, size, dw, dz)
     else:
-        end, of_drift, of_noise = euler_heun_step(drift, diffusion, u, start, size, dw)
+        end, of_drift, of_noise = euler_heun_step(drift, checked, u, start, size, dw)
     return size * error_ratio(delta * of_drift + of_noise, u, end, rtol, atol)
 
 
