@@ -5,6 +5,7 @@ schedule    multipliers as functions of the fraction of training
 groups      what is decayed and adapted, and what is not
 kar         steps made of signs: of the gradient and its running means
 carry       the optimizer follows a rewritten model
+parametrization  muP: what is tuned on a narrow model holds on a wide one
 torch_parts torch's own optimizers under short names
 """
 
@@ -16,6 +17,12 @@ from lamina.optim.kar import Kar2 as Kar2
 from lamina.optim.kar import Kar3 as Kar3
 from lamina.optim.lamb import LAMB as LAMB
 from lamina.optim.lars import LARS as LARS
+from lamina.optim.parametrization import ABC as ABC
+from lamina.optim.parametrization import MuP as MuP
+from lamina.optim.parametrization import MuReadout as MuReadout
+from lamina.optim.parametrization import coordinate_check as coordinate_check
+from lamina.optim.parametrization import mup as mup
+from lamina.optim.parametrization import parametrize as parametrize
 from lamina.optim.schedule import constant as constant
 from lamina.optim.schedule import sqrt_batch_rule as sqrt_batch_rule
 from lamina.optim.schedule import stages as stages
