@@ -37,6 +37,17 @@ def test_they_are_standardised_over_the_training_rows() -> None:
     torch.testing.assert_close(data.evaluation.batch(torch.arange(3))["moments"], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_measure_that_never_changes_is_only_centred() -> None:
+    x = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[..., :2, :2] = 0.0
+    x[:, 0, 2:, 2:] = 1e-7 * x[:, 0, 2:, 2:]
+    data = with_moments(Data(Columns({"pixel_values": x}), Columns({"pixel_values": x + 0.5}), 5), 2)
+    found = data.train.batch(torch.arange(20))["moments"]
+    assert not found[:, 0].any()
+    torch.testing.assert_close(found[:, 3, 0].std(correction=0), torch.tensor(1.0))
+    torch.testing.assert_close(data.evaluation.batch(torch.arange(20))["moments"][:, 0, 0], torch.full((20,), 0.5))
+
+
 def test_bad_input_is_met_with_a_sentence() -> None:
     with pytest.raises(ShapeError, match=r"of at least 3 pixels a side, got \(1, 1, 2, 9\)"):
         image_moments(torch.zeros(1, 1, 2, 9), 3)

@@ -1,11 +1,21 @@
 """Data sets and the loader whose position is part of a checkpoint."""
 
 from lamina.data._at_hand import noting_files as noting_files
+from lamina.data._standardize import standardized as standardized
+from lamina.data.byte_encoding import encode as encode
+from lamina.data.byte_encoding import read_sound as read_sound
+from lamina.data.byte_transforms import ByteNoise as ByteNoise
+from lamina.data.byte_transforms import BytePermutation as BytePermutation
+from lamina.data.byte_transforms import ByteShuffle as ByteShuffle
+from lamina.data.byte_transforms import PositionMask as PositionMask
+from lamina.data.byte_transforms import byte_table as byte_table
 from lamina.data.cortical_thickness import cortical_thickness as cortical_thickness
 from lamina.data.digit_images import digit_images as digit_images
 from lamina.data.examples import Columns as Columns
 from lamina.data.examples import Data as Data
 from lamina.data.examples import Examples as Examples
+from lamina.data.file_bytes import FileBytes as FileBytes
+from lamina.data.file_bytes import file_bytes as file_bytes
 from lamina.data.flows import flows as flows
 from lamina.data.graphs import Graph as Graph
 from lamina.data.graphs import cora as cora
@@ -54,5 +64,4 @@ from lamina.data.views import shifted_crop as shifted_crop
 from lamina.data.views import views_of as views_of
 from lamina.data.volumes import VolumeFiles as VolumeFiles
 from lamina.data.volumes import read_volume as read_volume
-from lamina.data.volumes import standardized as standardized
 from lamina.data.volumes import volumes as volumes

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 
 from lamina.data._at_hand import places
+from lamina.data._standardize import standardized
 from lamina.data._tables import read_columns
 from lamina.data.examples import Columns, Data, split_rows
 from lamina.data.series import numbers
-from lamina.data.volumes import standardized
 from lamina.errors import LaminaError
 from lamina.registry import register
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from lamina.data._standardize import mean_and_deviation
 from lamina.data.examples import Data, Examples
 from lamina.errors import LaminaError, ShapeError
 from lamina.recipe import Node, build
@@ -21,7 +22,8 @@ TAKEN = 2048
 def with_moments(data: Annotated[Node | Data, Slot("data")], grid: int = 2, *, entry: str = "pixel_values") -> Data:
     """Another data set of images, with `moments` (B, grid * grid, 3) beside: see `image_moments`.
 
-    Each measure of each part is standardised over the training rows (the first 2,048), evaluation by the same numbers.
+    Each measure of each part is standardised over the training rows (the first 2,048), evaluation by the same numbers;
+    one that is the same in all of them is only centred.
 
     Args:
         data: with images (B, C, H, W), or its recipe node.
@@ -34,7 +36,7 @@ def with_moments(data: Annotated[Node | Data, Slot("data")], grid: int = 2, *, e
         raise LaminaError(f"grid must be at least 1, got {grid}")
     given: Data = data if isinstance(data, Data) else build(data, "data")
     found = _measured(given.train.batch(torch.arange(min(TAKEN, len(given.train)))), grid, entry)
-    mean, deviation = found.mean(0), found.std(0, correction=0).clamp(min=1e-6)
+    mean, deviation = (v.to(found.dtype) for v in mean_and_deviation(found))
     parts = [p and Measured(p, grid, entry, mean, deviation) for p in (given.train, given.evaluation)]
     assert parts[0] is not None
     return replace(given, train=parts[0], evaluation=parts[1])
