@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -113,6 +113,14 @@ def test_states_that_do_not_fit_are_refused() -> None:
         rest = {k: v for k, v in state.items() if k != "encoder.conv1.weight"} | change
         with pytest.raises(LaminaError, match=sentence):
             load_anatcl(rest, model)
+
+
+@pytest.mark.parametrize("depth", [34, 50])
+def test_a_state_that_lacks_weights_is_told_of_by_the_depth_of_the_model(depth: Literal[34, 50]) -> None:
+    with torch.device("meta"):
+        model = VolumeEncoder(depth, width=2)
+    with pytest.raises(LaminaError, match=f"is it of a 3-D ResNet-{depth}"):
+        load_anatcl({}, model)
 
 
 def test_views_are_rows_of_their_own() -> None:

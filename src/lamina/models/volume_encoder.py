@@ -73,7 +73,7 @@ class VolumeEncoder(nn.Module):
         _check(depth, in_channels, width, stem, classes)
         block, depths = SIZES[depth]
         make_norm, make_activation = factory("norm", norm), factory("layer", activation)
-        self.in_channels, self.smallest = in_channels, SMALLEST[stem]
+        self.depth, self.in_channels, self.smallest = depth, in_channels, SMALLEST[stem]
         self.stem = _stem(in_channels, width, stem, make_norm, make_activation)
         self.stages = nn.ModuleList()
         channels = width
@@ -163,8 +163,7 @@ def load_anatcl(state: Mapping[str, Tensor], model: VolumeEncoder) -> VolumeEnco
     missing, extra = sorted(names.keys() - found.keys()), sorted(found.keys() - names.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        depth = next(d for d, (_, n) in SIZES.items() if n == tuple(map(len, model.stages)))  # type: ignore[arg-type]
-        raise LaminaError(f"the state lacks {missing[0]}{more}: is it of a 3-D ResNet-{depth}?")
+        raise LaminaError(f"the state lacks {missing[0]}{more}: is it of a 3-D ResNet-{model.depth}?")
     if extra:
         raise LaminaError(f"the state has {extra[0]}, which the encoder has not: is it of another depth?")
     for theirs, ours in names.items():
