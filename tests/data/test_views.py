@@ -80,9 +80,17 @@ def test_without_augmentation_views_are_equal_and_one_view_is_the_row() -> None:
     assert torch.equal(views_of(x, 1, ()), x)
 
 
-def test_evaluation_is_as_it_was() -> None:
-    data = load("augmented_views", data={"name": "digits", "batch": 4})
-    assert data.evaluation.batch(torch.arange(2))["pixel_values"].shape == (2, 1, 8, 8)
+def test_evaluation_has_its_views_where_they_are_several() -> None:
+    data, rows = load("augmented_views", data={"name": "digits", "batch": 4}), torch.arange(2)
+    found = data.evaluation.batch(rows)["pixel_values"]
+    assert found.shape == (2, 2, 1, 8, 8)
+    assert torch.equal(data.evaluation.batch(rows)["pixel_values"], found)
+    assert len(data.evaluation) == len(load("digits").evaluation)
+    plain = load("augmented_views", data={"name": "digits", "batch": 4}, count=1)
+    assert torch.equal(
+        plain.evaluation.batch(rows)["pixel_values"], load("digits").evaluation.batch(rows)["pixel_values"]
+    )
+    assert augmented_views(Data(Columns({"inputs": images(4, 1, 5, 5)}), None, 2), entry="inputs").evaluation is None
 
 
 def test_bad_input_is_met_with_a_sentence() -> None:

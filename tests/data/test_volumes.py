@@ -56,12 +56,15 @@ def test_phantoms_come_with_what_they_were_rendered_from() -> None:
     assert data.sizes == {"in_channels": 1, "image": 16, "regions": 12, "measures": 3}
 
 
-def test_views_are_of_training_alone_and_a_target_is_there_as_labels() -> None:
+def test_views_are_of_evaluation_too_and_a_target_is_there_as_labels() -> None:
     data = load("volumes", subjects=10, size=16, batch=2, views=2, augment=["crop", "cutout"], target="diagnosis")
     batch = data.train.batch(torch.arange(2))
     assert batch["inputs"].shape == (2, 2, 1, 16, 16, 16)
     assert torch.equal(batch["labels"], batch["diagnosis"])
-    assert data.evaluation.batch(torch.arange(1))["inputs"].shape == (1, 1, 16, 16, 16)
+    assert data.evaluation.batch(torch.arange(1))["inputs"].shape == (1, 2, 1, 16, 16, 16)
+    single = load("volumes", subjects=10, size=16, batch=2, augment=["crop"])
+    assert single.evaluation.batch(torch.arange(1))["inputs"].shape == (1, 1, 16, 16, 16)
+    assert load("volumes", subjects=10, size=16, batch=2, views=2, split=0.0).evaluation is None
 
 
 def test_a_folder_with_a_table(tmp_path: Path) -> None:
@@ -158,6 +161,7 @@ def test_bad_input_is_met_with_a_sentence(tmp_path: Path) -> None:
 
     refused("has neither subjects.csv nor a file that ends in .nii or .nii.gz")
     refused("the folder of volumes .* does not exist", source=tmp_path / "nowhere")
+    refused("16 voxels a side, .*0", source="phantoms", subjects=4, size=0)
     refused("views must be at least 1, got 0", source="phantoms", subjects=4, size=16, views=0)
     study(tmp_path)
     write(tmp_path, "s1.nii.gz", scan(4, 4, 4))

@@ -11,7 +11,7 @@ from tests.contract.example import Example
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, RecipeError, ShapeError
-from lamina.models import ResNet
+from lamina.models import EachView, ResNet
 from lamina.nn import ProjectionHead
 from lamina.objectives import Distillation, WeightedContrastive, WeightedSum, anatomical, rbf, weighted_contrastive_loss
 from lamina.objectives.contrastive import anchor_losses
@@ -258,18 +258,16 @@ def test_the_objective_adds_its_attributes_each_with_its_weight() -> None:
     assert found["count"] == 7
 
 
-def test_views_are_folded_into_an_encoder_that_takes_single_ones() -> None:
+def test_views_go_one_by_one_through_an_encoder_that_takes_single_ones() -> None:
     torch.manual_seed(0)
     net = ResNet((1,), (4,), stem="small", channels=1, classes=1, head="identity").eval()
     images = torch.randn(5, 2, 1, 7, 7, generator=torch.Generator().manual_seed(0))
     batch = {"pixel_values": images, "age": torch.arange(5.0)}
-    objective = WeightedContrastive([AGE], fold_views=True)
-    assert objective.needs == "model"
-    assert WeightedContrastive([AGE]).needs == "outputs"
+    objective = WeightedContrastive([AGE])
     z = torch.stack([net(images[:, v]) for v in range(2)], dim=1)
     expected = weighted_contrastive_loss(F.normalize(z, dim=-1), rbf(batch["age"], 5.0))
-    torch.testing.assert_close(objective(net, batch)["loss"], expected)
-    torch.testing.assert_close(WeightedSum([(1.0, objective)])(net, batch)["loss"], expected)
+    torch.testing.assert_close(objective(EachView(net), batch)["loss"], expected)
+    torch.testing.assert_close(WeightedSum([(1.0, objective)])(EachView(net), batch)["loss"], expected)
 
 
 def test_the_head_is_trained_along_and_no_part_of_the_model() -> None:
@@ -358,7 +356,8 @@ BAD: list[tuple[Any, str]] = [
         lambda: WeightedContrastive([AGE | {"similarity": lambda v: torch.full((3, 3), 2.0)}])(encoder(), SIMPLE),
         r"w must be in 0\.\.1, got 2 to 2",
     ),
-    (lambda: WeightedContrastive([VIEW], fold_views=True)(encoder(), {"inputs": torch.zeros(3)}), "takes inputs"),
+    (lambda: WeightedContrastive([AGE, VIEW])(encoder(), {**SIMPLE, "age": torch.zeros(3)}), "'view': by identity"),
+    (lambda: WeightedContrastive([VIEW]).loss(torch.ones(3, 1, 4), SIMPLE), "the views of a row are alike"),
     (lambda: weighted_contrastive_loss(features(1, 4), torch.ones(1, 1)), r"of at least two rows, got \(1, 4\)"),
     (lambda: weighted_contrastive_loss(features(3, 4), torch.ones(3, 2)), r"w must be \(3, 3\), .* got \(3, 2\)"),
     (lambda: weighted_contrastive_loss(features(3, 4), -torch.ones(3, 3)), r"w must be in 0\.\.1, got -1 to -1"),

@@ -27,14 +27,15 @@ def augmented_views(
     entry: str = "pixel_values",
     seed: int = 0,
 ) -> Data:
-    """Another data set, each image or volume of a training batch seen in several ways; evaluation is as it was.
+    """Another data set, each image or volume of a batch seen in several ways; evaluation too, where views are several.
 
-    The entry becomes (B, count, C, ...), for objectives that fold views or models that take them. What is drawn depends
-    on the seed and the rows of the batch: resuming gives the very same views.
+    The entry becomes (B, count, C, ...), for models that take views (`each_view` lets any encoder). What is drawn
+    depends on the seed and the rows of the batch: resuming gives the very same views, every evaluation compares the
+    same ones.
 
     Args:
         data: with images (B, C, H, W) or volumes (B, C, D, H, W), or its recipe node.
-        count: views of each row; 1 = augmented, without a dimension for views.
+        count: views of each row; 1 = training rows augmented, without a dimension for views, and evaluation as it was.
         augment: in this order: "crop", see `shifted_crop`, and "cutout", see `cutout`; none = equal views.
         entry: which of the batch.
         seed: of the draws.
@@ -42,7 +43,19 @@ def augmented_views(
         LaminaError: no view, or an unknown augmentation; (at the batch) no such entry.
     """
     given: Data = data if isinstance(data, Data) else build(data, "data")
-    return replace(given, train=Views(given.train, count, augment, entry, seed))
+    train, evaluation = in_views(given.train, given.evaluation, count, augment, entry, seed)
+    return replace(given, train=train, evaluation=evaluation)
+
+
+def in_views(
+    train: Examples, evaluation: Examples | None, count: int, augment: Sequence[str], entry: str, seed: int
+) -> tuple[Examples, Examples | None]:
+    """Show training in `count` views, and evaluation where they are several: what compares views needs them there."""
+    check_views(count, augment)
+    if count == 1 and not augment:
+        return train, evaluation
+    held = Views(evaluation, count, augment, entry, seed) if evaluation is not None and count > 1 else evaluation
+    return Views(train, count, augment, entry, seed), held
 
 
 class Views:

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.data._files import existing
+from lamina.data._standardize import standardized
 from lamina.data._tables import read_columns
 from lamina.data.examples import Columns, Data, Examples, split_rows
 from lamina.data.phantoms import phantoms
-from lamina.data.views import Augmentation, Views
+from lamina.data.views import Augmentation, in_views
 from lamina.errors import LaminaError, ShapeError, require
 from lamina.registry import register
 
@@ -55,8 +56,9 @@ def volumes(
         size: voxels a side. Phantoms are rendered so; files are resampled by linear interpolation, which registers
             nothing. None = as the files are, all of one size (phantoms: 32).
         subjects, regions: of the phantoms.
-        views: of each training volume; from 2 on `inputs` are (B, views, 1, D, H, W).
-        augment: of the training volumes, see `augmented_views`; the paper's choice is none.
+        views: of each volume; from 2 on `inputs` are (B, views, 1, D, H, W), also in evaluation.
+        augment: of the training volumes, and of evaluation's where there are several views, see `augmented_views`; the
+            paper's choice is none.
         target: an entry that is also there as `labels`, for objectives with a target.
         split: evaluation's share of the subjects, drawn with `seed`.
         seed: of the split, of the phantoms and of the augmentation.
@@ -65,7 +67,7 @@ def volumes(
             3-D volume. MissingExtra: nibabel is not installed, and the source is a folder.
     """
     if source == "phantoms":
-        whole, known = _phantoms(subjects, size or 32, regions, seed)
+        whole, known = _phantoms(subjects, 32 if size is None else size, regions, seed)
     else:
         whole, known = _folder(existing(source, "the folder of volumes"), size)
     if target != "none":
@@ -75,14 +77,13 @@ def volumes(
     train, held = split_rows(len(whole), split, seed)
     if "psi" in known:
         known["psi"] = standardized(known["psi"], train)
-    rows: Examples = Volumes(whole, known, train)
-    if views != 1 or augment:
-        rows = Views(rows, views, augment, "inputs", seed)
+    kept = Volumes(whole, known, held) if split else None
+    parts = in_views(Volumes(whole, known, train), kept, views, augment, "inputs", seed)
     shape = whole.batch(torch.tensor([0]))["inputs"].shape[2:]
     sizes: dict[str, Any] = {"in_channels": 1, "image": shape[0] if len(set(shape)) == 1 else tuple(shape)}
     if "psi" in known:
         sizes |= {"regions": known["psi"].shape[1], "measures": known["psi"].shape[2]}
-    return Data(rows, Volumes(whole, known, held) if split else None, batch, sizes, "volumes")
+    return Data(*parts, batch, sizes, "volumes")
 
 
 class Volumes:
@@ -161,19 +162,6 @@ def read_volume(path: str | Path, size: int | None = None) -> Tensor:
     pooled = F.avg_pool3d(found[None, None], kept, ceil_mode=True, count_include_pad=False)
     resampled: Tensor = F.interpolate(pooled, (size, size, size), mode="trilinear", align_corners=False)[0, 0]
     return resampled
-
-
-def standardized(values: Tensor, train: Tensor) -> Tensor:
-    """Subtract mean and divide by deviation of the rows `train`, column by column; NaN stay, constants become 0.
-
-    Args:
-        values: (N, ...).
-        train: row numbers.
-    """
-    kept = values[train].double()
-    mean = kept.nanmean(0)
-    deviation = (kept - mean).square().nanmean(0).sqrt()
-    return ((values.double() - mean) / torch.where(deviation > 0, deviation, 1.0)).to(values.dtype)
 
 
 def _phantoms(subjects: int, size: int, regions: int, seed: int) -> tuple[Examples, dict[str, Tensor]]:

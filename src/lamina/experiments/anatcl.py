@@ -16,7 +16,7 @@ region, scores), so that a linear model on its frozen features is enough for a s
 
 The encoder may be anybody's: 2-D, tabular, a Hugging Face model; the objective needs its outputs alone. In a recipe:
 `model: volume_encoder`, `data: volumes` (phantoms, or a folder of NIfTI files with a table, extra `volumes`),
-`objective: {name: weighted_contrastive, ...}`; two whole ones begin with `anatcl` in `tests/composition/recipes/`.
+`objective: {name: weighted_contrastive, ...}`; three whole ones begin with `anatcl` in `tests/composition/recipes/`.
 
 How it works: every pair of rows of a batch has a likeness w in 0..1 for each thing known of them: a kernel of the
 difference of ages; of measurements (regions x measures), the mean over regions of the cosine between two subjects'
@@ -55,12 +55,14 @@ the paper has. Tried before: one seed with 600 to pre-train on and 600 to probe 
 halved for time, and nothing else was changed.
 
 Limits: no clinical claim of the paper is reproduced, and none could be: the phantoms' disease is one that their
-measurements show. What is known must be there for every pre-training row (`missing: drop` leaves single values out). In
-micro-batches only rows of one are compared. Exactly how the paper maps cosines to 0..1, standardises measurements and
-weighs the two losses is not published; both maps are here. Not a medical device.
+measurements show. What is known must be there for every pre-training row (`missing: drop` leaves single values out).
+Several views of a row need an encoder that takes them, as `volume_encoder` does, or `each_view` around it; evaluation
+has as many of them. In micro-batches only rows of one are compared. Exactly how the paper maps cosines to 0..1,
+standardises measurements and weighs the two losses is not published; both maps are here. Not a medical device.
 
 Composes with: LAMB, drop passes in mid-training, distillation and classification beside it, `Replace` of head, norms
-and linear layers, `augmented_views` of any image set, bf16, data parallel training, compile, export.
+and linear layers, `augmented_views` of any image set (two views through any encoder: `each_view`), bf16, data parallel
+training, compile, export.
 Source: Barbano, Brunello, Dufumier, Grangetto, Anatomical Foundation Models for Brain MRIs (2024), arXiv 2408.07079;
 the loss: Barbano et al., Contrastive learning for regression in multi-site brain age prediction (2023), arXiv
 2211.08326.
@@ -69,7 +71,6 @@ the loss: Barbano et al., Contrastive learning for regression in multi-site brai
 from __future__ import annotations
 
 import functools
-import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -80,7 +81,7 @@ from lamina.data import cortical_thickness, digit_images, image_moments, phantom
 from lamina.errors import LaminaError
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.experiments.linear_probe import linear_probe
-from lamina.models import ResNet, VolumeEncoder
+from lamina.models import EachView, ResNet, VolumeEncoder
 from lamina.nn import ProjectionHead
 from lamina.objectives import WeightedContrastive
 
@@ -94,6 +95,7 @@ PARTS = (
     "model resnet3d_34",
     "model resnet3d_50",
     "model resnet3d_101",
+    "model each_view",
     "layer projection",
     "data volumes",
     "data augmented_views",
@@ -229,14 +231,14 @@ def on_digits(arm: str, seed: int, device: torch.device) -> dict[str, float]:
         torch.manual_seed(seed)
         encoder = ResNet((1, 1, 1), (16, 32, 64), stem="small", channels=1, classes=1, head="identity").to(device)
         head = ProjectionHead(64, 64).to(device)
-    objective = WeightedContrastive([VIEW if arm == "simclr" else LOCAL], head=head, fold_views=arm == "simclr")
+    seen, objective = EachView(encoder), WeightedContrastive([VIEW if arm == "simclr" else LOCAL], head=head)
     optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=RATE, weight_decay=5e-5)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(0 if arm == "random" else 2 if smoke() else 20):
         for rows in torch.randperm(1200, generator=generator).split(100):
             shown = views_of(x[rows], 2, generator=generator) if arm == "simclr" else x[rows]
             optimizer.zero_grad()
-            objective(encoder, {"pixel_values": shown, "psi": psi[rows]})["loss"].backward()
+            objective(seen, {"pixel_values": shown, "psi": psi[rows]})["loss"].backward()
             optimizer.step()
     z, y = features(encoder.eval(), x), labels
     close = F.normalize(z[1200:], dim=1) @ F.normalize(z[:1200], dim=1).T
@@ -253,7 +255,7 @@ def on_thickness(seed: int, device: torch.device) -> dict[str, float]:
     Half of the subjects are for pre-training, the other half for the probes.
     """
     try:
-        data = cortical_thickness(inputs="left", split=0.5, seed=seed, folder=os.environ.get("LAMINA_DATA") or ".")
+        data = cortical_thickness(inputs="left", split=0.5, seed=seed)
     except LaminaError:
         return {}
     assert data.evaluation is not None

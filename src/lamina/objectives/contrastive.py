@@ -6,8 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lamina.batches import Batch, call, first_input, logits
+from lamina.batches import Batch, call, logits
 from lamina.errors import LaminaError, ShapeError, nearest
+from lamina.nn._kept_float32 import wide
+from lamina.nn._precision import without_autocast
 from lamina.objectives._gather_rows import gather_rows, row_counts, several_processes
 from lamina.objectives.objective import Losses, target
 from lamina.objectives.similarity import SIMILARITIES
@@ -32,8 +33,9 @@ class WeightedContrastive(nn.Module):
     """Features alike where rows are alike by what is known of them: ages, measurements, labels, or the views alone.
 
     Rows attract each other by their likeness w in 0..1, each attribute for itself; the losses are added. outputs
-    (N, d), or (N, V, d) with V views of each row; features are normalised here. Logs each attribute's loss, by its
-    name. In a batch row i and attribute a give `weighted_contrastive_loss`; a row that is like no other counts nothing.
+    (N, d), or (N, V, d) with V views of each row (`each_view` makes them of any encoder); features are normalised here.
+    Logs each attribute's loss, by its name. In a batch row i and attribute a give `weighted_contrastive_loss`; a row
+    that is like no other counts nothing.
 
         WeightedContrastive([
             {"name": "age", "similarity": {"name": "rbf", "width": 5.0}},
@@ -44,7 +46,7 @@ class WeightedContrastive(nn.Module):
         attributes: a mapping each: `name` of the batch entry, which is not handed to the model where its forward does
             not name it; `similarity`: a name of `SIMILARITIES`, or a mapping of it and its options, or a function from
             values (N, ...) to (N, N); `weight` (1.0) of its loss; `missing` ("refuse"): "drop" where an entry may be
-            NaN. "identity" needs no batch entry: every row is like itself alone (SimCLR).
+            NaN. "identity" needs views and no batch entry: every row is like itself alone (SimCLR).
         mode: what repels, see `weighted_contrastive_loss`; "exp" is AnatCL's.
         temperature: divides cosines, above 0.
         base_temperature: the loss is multiplied by temperature / base_temperature (0.07 in the official code);
@@ -54,13 +56,14 @@ class WeightedContrastive(nn.Module):
         official_shift: compute as the released code does, for parity; see `weighted_contrastive_loss`.
         gather: in training, rows are compared with those of all processes: the loss of the global batch. In
             micro-batches (`accumulate`) only rows of one are compared.
-        fold_views: for an encoder that takes single views: the batch's first input (N, V, ...) is handed to it as
-            (N * V, ...).
     Raises:
         LaminaError: an unknown similarity or option, a weight below 0, a temperature not above 0; (at the call) an
             entry that is not in the batch, or NaN in it.
-        ShapeError: (at the call) fewer than two rows to compare, or outputs that are no (N, d) or (N, V, d).
+        ShapeError: (at the call) fewer than two rows to compare, one view of each with "identity", or outputs that are
+            no (N, d) or (N, V, d).
     """
+
+    needs: ClassVar[Literal["outputs", "model"]] = "outputs"
 
     def __init__(
         self,
@@ -72,7 +75,6 @@ class WeightedContrastive(nn.Module):
         head: Annotated[nn.Module | Node | None, Slot("layer")] = None,
         official_shift: bool = False,
         gather: bool = True,
-        fold_views: bool = False,
     ) -> None:
         super().__init__()
         _check_mode(mode, temperature)
@@ -86,24 +88,12 @@ class WeightedContrastive(nn.Module):
             raise LaminaError(f"attributes need a name each, none of them 'loss' or 'count', got {names}")
         self.mode, self.temperature, self.official_shift = mode, temperature, official_shift
         self.scale = 1.0 if base_temperature is None else temperature / base_temperature
-        self.gather, self.fold_views = gather, fold_views
+        self.gather = gather
         self.head = head if isinstance(head, nn.Module) or head is None else factory("layer", head)()
-
-    @property
-    def needs(self) -> Literal["outputs", "model"]:
-        """`model` where views are to be folded on the way into it."""
-        return "model" if self.fold_views else "outputs"
 
     def forward(self, model: nn.Module, batch: Batch) -> Losses:
         """Run the model on the batch and return the losses."""
-        if not self.fold_views:
-            return self.loss(call(model, batch), batch)
-        views = first_input(batch)
-        if views.dim() < 2:
-            raise ShapeError(f"fold_views takes inputs (N, views, ...), got {tuple(views.shape)}")
-        folded = {k: views.flatten(0, 1) if v is views else v for k, v in batch.items()}
-        found = logits(call(model, folded))
-        return self.loss(found.unflatten(0, views.shape[:2]), batch)
+        return self.loss(call(model, batch), batch)
 
     def loss(self, outputs: Any, batch: Batch) -> Losses:
         """Return the losses of features already computed."""
@@ -113,8 +103,8 @@ class WeightedContrastive(nn.Module):
         rows, views = len(z), z.shape[1] if z.dim() == 3 else 1
         if self.head is not None:
             z = self.head(z)
-        with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(_wide(z), dim=-1)
+        with without_autocast(z.device):
+            z = F.normalize(wide(z), dim=-1)
             values = {a.name: a.values(batch, rows, z.device) for a in self.attributes}
             counts, first = [rows], 0
             if self.gather and several_processes():
@@ -123,6 +113,10 @@ class WeightedContrastive(nn.Module):
                 z, values = gather_rows(z, counts), {k: gather_rows(v, counts) for k, v in values.items()}
             if len(z) * views < 2:
                 raise ShapeError(f"weighted_contrastive compares rows with each other, and got {len(z)} of one view")
+            if views < 2 and (alone := [a.name for a in self.attributes if not a.needs_entry]):
+                raise ShapeError(
+                    f"{alone[0]!r}: by identity only the views of a row are alike, and there is one of each"
+                )
             own = slice(first * views, (first + rows) * views)
             together = len(counts) > 1
             terms = {a.name: self._term(a, z, values[a.name], own, together) for a in self.attributes}
@@ -206,7 +200,7 @@ def weighted_contrastive_loss(
     if z.dim() not in (2, 3) or z.flatten(0, -2).shape[0] < 2:
         raise ShapeError(f"z must be (N, d) or (N, views, d) of at least two rows, got {tuple(z.shape)}")
     _check_weights(w, len(z))
-    z = _wide(z)
+    z = wide(z)
     if _any((z.detach().norm(dim=-1) - 1).abs() > 0.01):
         warnings.warn("the rows of z are not of length 1: torch.nn.functional.normalize makes them so", stacklevel=2)
     losses, counts = anchor_losses(*rows_and_weights(z, w), mode, temperature, official_shift)
@@ -332,8 +326,3 @@ def _checked(similarity: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
 def _any(found: Tensor) -> bool:
     """Whether something is to be told; on meta and inside a compiled graph there is nothing to look at."""
     return not (found.is_meta or torch.compiler.is_compiling()) and bool(found.any())
-
-
-def _wide(z: Tensor) -> Tensor:
-    """Return features in at least float32."""
-    return z.to(torch.promote_types(z.dtype, torch.float32))

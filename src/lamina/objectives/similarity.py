@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError, ShapeError
+from lamina.nn._kept_float32 import wide
 
 CHUNK = 1 << 22
 """Numbers held at a time where vectors are compared one by one."""
@@ -87,7 +88,7 @@ def anatomical(
             f"anatomical takes floating-point measurements (N, regions, measures), got {values.dtype} "
             f"{tuple(values.shape)}"
         )
-    vectors = _wide(values).permute(1, 0, 2) if by == "region" else _wide(values).permute(2, 0, 1)
+    vectors = wide(values).permute(1, 0, 2) if by == "region" else wide(values).permute(2, 0, 1)
     total = vectors.new_zeros(values.shape[0], values.shape[0])
     held = torch.zeros_like(total)
     for part in vectors.split(max(CHUNK // max(values.shape[0] ** 2, 1), 1)):
@@ -122,7 +123,7 @@ def _cosines(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _distances(values: Tensor) -> Tensor:
     _one_each("a kernel", values)
-    values = _wide(values)
+    values = wide(values)
     return values[:, None] - values
 
 
@@ -138,8 +139,3 @@ def _one_each(name: str, values: Tensor) -> None:
 def _check_width(width: float) -> None:
     if not width > 0:
         raise LaminaError(f"the width of a kernel must be above 0, got {width}")
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Return the values in at least float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
