@@ -374,10 +374,19 @@ def test_every_command_has_a_traceback_on_demand() -> None:
     assert all("debug" in c.__annotations__ for c in commands if c is not None)
 
 
-def test_the_first_recipe_fits_the_parts_it_names() -> None:
+@pytest.mark.parametrize("name", [p.stem for p in sorted(cli.find_recipe("first").parent.glob("*.yaml"))])
+def test_shipped_recipes_fit_the_parts_they_name(name: str) -> None:
     from lamina.recipe import check, dump
+    from lamina.recipe import load as read
+
+    full = check(read(cli.find_recipe(name)))
+    assert full.train["seed"] == 0
+    assert check(read(dump(full))) == full
+
+
+def test_the_first_recipe_needs_no_search() -> None:
+    from lamina.recipe import check
     from lamina.recipe import load as read
 
     full = check(read(cli.find_recipe("first")), choices_allowed=False)
     assert full.optimizer["schedule"]["name"] == "warmup_cosine"
-    assert check(read(dump(full))) == full

@@ -4,6 +4,8 @@ A method adds a file there that puts it beside methods of other stages; nothing 
 """
 
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,10 @@ TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind a
 """What `book.txt` in a recipe holds."""
 
 RECIPES = {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+SHIPPED = {p.stem: p for p in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))}
+
+FIRST_STEPS = {"steps": 6, "log_every": 1, "evaluate_batches": 1}
 
 TRAIN = {"steps": 10, "log_every": 1, "evaluate_batches": 2, "precision": "bf16", "seed": 3}
 
@@ -61,6 +67,18 @@ def test_a_recipe_trains_saves_loads_and_runs_again_to_the_same_numbers(name):
     again = train(recipe, folder="again")
     assert losses("again") == found
     assert again.evaluation == done.evaluation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_takes_its_first_steps(name):
+    chosen = [f"train.{key}={value}" for key, value in FIRST_STEPS.items()]
+    recipe = load_recipe(SHIPPED[name], [*chosen, "model.depth=1"] if name == "wide_attention" else chosen)
+    if "LAMINA_DATA" not in os.environ and name in ("latent_ode", "mgno"):
+        pytest.skip("LAMINA_DATA names no folder with the recipe's data")
+    done = train(recipe, folder="run")
+    assert math.isfinite(done.evaluation)
+    assert losses("run")[-1] < 1.2 * losses("run")[0]
 
 
 def test_a_compiled_run_rewrites_on_the_way_and_follows_the_eager_one():
