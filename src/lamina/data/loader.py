@@ -21,7 +21,8 @@ class Loader:
     the same global batches in the same order, and resuming costs one permutation, never a replay.
 
     Args:
-        examples: the rows.
+        examples: the rows. Where they have `arrange(order, batch)`, they may order an epoch's permutation anew (rows of
+            like lengths into one batch); where they have `set_epoch(epoch)`, they are told it before each batch.
         batch: global batch size, over all processes.
         seed: of the order.
         shuffle: False = rows in their own order, every epoch.
@@ -78,6 +79,8 @@ class Loader:
         end = min(self.position + self.batch, length)
         rows = self._rows(self.position, end)[self.rank :: self.world]
         self.position = end
+        if (tell := getattr(self.examples, "set_epoch", None)) is not None:
+            tell(self.epoch)
         return self.examples.batch(rows)
 
     def once(self) -> Iterator[dict[str, Tensor]]:
@@ -114,7 +117,9 @@ class Loader:
         if not self.shuffle:
             return torch.arange(start, end)
         if self._order is None or self._order[0] != self.epoch:
-            self._order = self.epoch, permutation(len(self.examples), self.seed, self.epoch)
+            order = permutation(len(self.examples), self.seed, self.epoch)
+            arrange = getattr(self.examples, "arrange", None)
+            self._order = self.epoch, order if arrange is None else arrange(order, self.batch)
         return self._order[1][start:end].long()
 
 

@@ -11,6 +11,7 @@ metaformer          the MetaFormer template and PoolFormer's sizes
 raft_mlp            RaftMLP's sizes and MLP-Mixer: all-MLP backbones
 tokenformer         TokenFormer's sizes and TokenFormerViT: weights that can be added to
 fit                 FIT: local attention in groups, global attention among their latents; encoder, decoder, denoiser
+byteformer          ByteFormer: files classified by their bytes; byte_reader: bytes into any encoder
 terminator          Terminator: slow kernels computed from coordinates times fast activations
 neural_operator     MgNO and FNO: from one field on a grid to another, by V-cycles or by frequencies
 boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
@@ -21,6 +22,10 @@ hugging_face        any transformers model, by config or folder
 
 from lamina.models.boltzmann import ConvMonotoneDBM as ConvMonotoneDBM
 from lamina.models.boltzmann import MonotoneDBM as MonotoneDBM
+from lamina.models.byte_reader import ByteReader as ByteReader
+from lamina.models.byteformer import ByteFormer as ByteFormer
+from lamina.models.byteformer import ByteFormerBlock as ByteFormerBlock
+from lamina.models.byteformer import load_byteformer as load_byteformer
 from lamina.models.each_view import EachView as EachView
 from lamina.models.fit import FIT as FIT
 from lamina.models.fit import FITAutoregressive as FITAutoregressive

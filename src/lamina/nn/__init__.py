@@ -5,6 +5,7 @@ hypernetwork    the weights of any module generated from a condition
 pooling_mixer   pooling and the control arms of the MetaFormer comparison
 attention       multi-head attention on torch's scaled_dot_product_attention
 attention_kernels  what it does with queries, keys and values: windows, blocks, features, learned weights
+byte_tokens     bytes as tokens, fewer than there are bytes
 cross_attention  attention of one sequence to another, of another width
 equilibrium     mean field at its unique equilibrium: monotone couplings, proximal softmax, fixed points
 evonorm         norm and activation as one layer
@@ -27,11 +28,16 @@ raft_mixer      MLPs over columns and rows of a map, or over all of it; resize_t
 random_feature_attention  frozen random heads over a set, values in closed form; random_feature_mlp: without the set
 ridge_regression  ridge regression on features of any kind, in blocks
 torch_layers    torch's activations and batch norms under the names recipes use
+windowed_attention  attention in windows of a sequence, shifted ones too; the merging of neighbours
 """
 
 from lamina.nn import torch_layers as torch_layers
 from lamina.nn.attention import Attention as Attention
 from lamina.nn.attention import KeyValueCache as KeyValueCache
+from lamina.nn.byte_tokens import ByteEmbedding as ByteEmbedding
+from lamina.nn.byte_tokens import ByteTokens as ByteTokens
+from lamina.nn.byte_tokens import TokenReduction1d as TokenReduction1d
+from lamina.nn.byte_tokens import byte_tokens as byte_tokens
 from lamina.nn.cross_attention import CrossAttention as CrossAttention
 from lamina.nn.equilibrium import EquilibriumHead as EquilibriumHead
 from lamina.nn.equilibrium import MeanFieldEquilibrium as MeanFieldEquilibrium
@@ -148,3 +154,7 @@ from lamina.nn.ridge_regression import RidgeFit as RidgeFit
 from lamina.nn.ridge_regression import fit_ridge as fit_ridge
 from lamina.nn.ridge_regression import ridge as ridge
 from lamina.nn.spectral_convolution import SpectralConvolution as SpectralConvolution
+from lamina.nn.windowed_attention import TokenMerging1d as TokenMerging1d
+from lamina.nn.windowed_attention import WindowedAttention as WindowedAttention
+from lamina.nn.windowed_attention import WindowKernel as WindowKernel
+from lamina.nn.windowed_attention import attend_in_windows as attend_in_windows

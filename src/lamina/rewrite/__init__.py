@@ -8,6 +8,7 @@ progressive_norm  layer norms that turn into batch norm while trained; calibrate
 fold        norms into the layers around them, for deployment
 hypercomplex  linear layers and convolutions with 1/n of the weights, and back
 grow        more pairs in parameter attention, with equal outputs
+permute_vocabulary  other numbers for the tokens, and the same answers
 drop        remove attention, feed-forward or whole blocks by similarity
 """
 
@@ -34,6 +35,8 @@ from lamina.rewrite.hypercomplex import FoldHypercomplexDecision as FoldHypercom
 from lamina.rewrite.hypercomplex import Hypercomplex as Hypercomplex
 from lamina.rewrite.hypercomplex import HypercomplexDecision as HypercomplexDecision
 from lamina.rewrite.hypercomplex import HypercomplexLayer as HypercomplexLayer
+from lamina.rewrite.permute_vocabulary import PermuteVocabulary as PermuteVocabulary
+from lamina.rewrite.permute_vocabulary import PermuteVocabularyDecision as PermuteVocabularyDecision
 from lamina.rewrite.progressive_norm import ProgressiveNorm as ProgressiveNorm
 from lamina.rewrite.progressive_norm import ProgressiveNormDecision as ProgressiveNormDecision
 from lamina.rewrite.replace import Replace as Replace
