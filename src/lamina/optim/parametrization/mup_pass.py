@@ -169,7 +169,7 @@ def _merged(node: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     """Change some options of a model node; those of a Hugging Face model stand in its config."""
     config = node.get("config")
     if isinstance(config, Mapping) and not changes.keys() & {"config", "path", "task"}:
-        return {**node, "config": {**config, **changes}}
+        return {**node, "config": _narrowed(config, changes)}
     return {**node, **changes}
 
 
@@ -185,8 +185,19 @@ def _from_config(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
         if key not in settings and key not in getattr(config, "attribute_map", {}):
             raise LaminaError(f"MuP: {type(config).__name__} has no option {key!r}{nearest(key, settings)}")
     make: Any = type(config)
-    made: nn.Module = type(model)(make(**{**settings, **changes}))
+    made: nn.Module = type(model)(make(**_narrowed(settings, changes)))
     return made
+
+
+def _narrowed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change a Hugging Face config; what it had worked out from the changed options is worked out again."""
+    kept = {k: v for k, v in config.items() if k not in changes}
+    heads = config.get("num_attention_heads")
+    if heads and kept.get("num_key_value_heads") == heads and "num_attention_heads" in changes:
+        kept["num_key_value_heads"] = changes["num_attention_heads"]
+    if heads and kept.get("head_dim") == config.get("hidden_size", 0) // heads:
+        del kept["head_dim"]
+    return {**kept, **changes}
 
 
 def _doubled(base: Mapping[str, Any], model: nn.Module) -> nn.Module | None:
