@@ -25,7 +25,7 @@ def rows(seed):
 
 
 def optimize(example, model):
-    return make(example, params=parameter_groups(model, example.options.get("weight_decay", 0.0)))
+    return make(example, params=parameter_groups(model, example.options.get("weight_decay", 0.0)), model=model)
 
 
 def train(model, optimizer, steps, start=0):
@@ -72,7 +72,7 @@ def test_an_optimizer_leaves_a_parameter_without_gradient_alone(example):
     extra = nn.Parameter(torch.ones(3))
     groups = parameter_groups(model, 0.0)
     groups[0]["params"] = [*groups[0]["params"], extra]
-    train(model, make(example, params=groups), 2)
+    train(model, make(example, params=groups, model=model), 2)
     assert torch.equal(extra.detach(), torch.ones(3))
 
 

@@ -19,7 +19,7 @@ class Class(TypedDict):
     stable: bool
     """Nothing blows up with width, at the start or in training."""
     trivial: bool
-    """The function does not move in training (at infinite width)."""
+    """Of the stable: the function does not move in training (at infinite width)."""
     regime: Literal["feature learning", "kernel", "none"]
     """Of the stable and non-trivial: whether the hidden layers move too; else "none"."""
     r: float
@@ -90,7 +90,7 @@ class ABC:
         start, moved, followed = a[-1] + b[-1], 2 * a[-1] + c, a[-1] + b[-1] + r
         keeps = _is(a[0] + b[0], 0.0) and all(_is(x + y, 0.5) for x, y in zip(a[1:-1], b[1:-1], strict=True))
         stable = keeps and min(start - 0.5, r, moved - 1, followed - 1) >= -_SLACK
-        trivial = not (_is(moved, 1.0) or _is(followed, 1.0))
+        trivial = stable and not (_is(moved, 1.0) or _is(followed, 1.0))
         regime: Literal["feature learning", "kernel", "none"] = "none"
         if stable and not trivial:
             regime = "feature learning" if _is(r, 0.0) else "kernel"

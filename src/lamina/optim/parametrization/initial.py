@@ -37,9 +37,9 @@ def initial_factors(model: nn.Module, base: nn.Module, widths: Mapping[str, Widt
         owner, _, own = name.rpartition(".")
         sibling = f"{owner}.weight".lstrip(".")
         ks = [k_in, k_out]
-        if own != "weight" and sibling in widths:
-            # torch draws a bias as small as the weight beside it.
-            rules = [1.0, scales.get(sibling, 1.0)]
+        if own == "bias" and _drawn_by_torch(model.get_submodule(owner)) and sibling in scales:
+            # Then it is as small as the weight beside it, which has more entries to tell by.
+            rules = [scales[sibling]]
         else:
             rules = [k**e for k in ks for e in (-1.0, -0.5, 0.0, 0.5)]
         scales[name] = _scale(parameter, bases[name], rules)
@@ -47,6 +47,23 @@ def initial_factors(model: nn.Module, base: nn.Module, widths: Mapping[str, Widt
         if not math.isclose(wanted, scales[name], rel_tol=1e-9):
             found[name] = wanted / scales[name]
     return found
+
+
+@torch.no_grad()
+def _drawn_by_torch(module: nn.Module) -> bool:
+    """Say whether weight and bias look as torch draws them: uniform, up to 1 / sqrt(inputs)."""
+    weight, bias = module.weight, module.bias
+    if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return False
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor)
+    bound = weight[0].numel() ** -0.5
+    noise = 6 * math.sqrt(0.5 / weight.numel())
+    return (
+        bool(bias.any())
+        and float(max(weight.abs().max(), bias.abs().max())) <= 1.01 * bound
+        and abs(math.log(_size(weight) * math.sqrt(3) / bound)) <= max(noise, 0.02)
+    )
 
 
 @torch.no_grad()
