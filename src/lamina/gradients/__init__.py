@@ -1,11 +1,22 @@
 """Reducers: how the gradients of data-parallel workers become one.
 
-reducer  the protocol, averaging, the DDP and after-backward adapters
-robust   coordinate-wise median (and later: trimmed mean, Krum, ...)
+reducer      the protocol, averaging, the DDP and after-backward adapters
+compression  few bits (QSGD), the largest entries (TopK), low rank (PowerSGD), with error feedback
+l_greco      a knob of these for every layer, chosen to make the message small within an error budget
+budget       that choice as a pure function, solved exactly
+robust       coordinate-wise median (and later: trimmed mean, Krum, ...)
+throttled    any of them over a slower link, to measure
 """
 
+from lamina.gradients.budget import solve_budget as solve_budget
+from lamina.gradients.compression import QSGD as QSGD
+from lamina.gradients.compression import Compressor as Compressor
+from lamina.gradients.compression import PowerSGD as PowerSGD
+from lamina.gradients.compression import TopK as TopK
+from lamina.gradients.l_greco import LGreCo as LGreCo
 from lamina.gradients.reducer import Handle as Handle
 from lamina.gradients.reducer import Mean as Mean
 from lamina.gradients.reducer import Reducer as Reducer
 from lamina.gradients.reducer import attach as attach
 from lamina.gradients.robust import Median as Median
+from lamina.gradients.throttled import Throttled as Throttled

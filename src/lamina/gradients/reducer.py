@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lamina.errors import PlanError, ShapeError
+from lamina.errors import LaminaError, PlanError, ShapeError
 from lamina.registry import register
 
 Group = dist.ProcessGroup | None
@@ -19,7 +19,12 @@ Group = dist.ProcessGroup | None
 
 @runtime_checkable
 class Reducer(Protocol):
-    """Combines per-worker gradients; every rank gets the same result."""
+    """Combines per-worker gradients; every rank gets the same result.
+
+    Two methods more are called where a reducer has them: `follow(parameters)` by `attach`, with the model's trained
+    parameters by name, anew after every rewrite; and `reduce_flat(buffer, names, group)` in a bucket's hook, which
+    combines the whole bucket in place and returns a future (backward then goes on meanwhile), or None for `reduce`.
+    """
 
     granularity: ClassVar[Literal["bucket", "model"]]
     """`bucket`: may be called per bucket inside DDP's communication hook; `model`: once, after backward."""
@@ -86,6 +91,15 @@ class Mean(Stateless):
             result[name] = flat
         return unflatten(result, gradients)
 
+    def reduce_flat(self, flat: Tensor, names: Sequence[str], group: Group) -> torch.futures.Future[Tensor] | None:
+        """Average a whole bucket in place while backward goes on."""
+        if size(group) == 1:
+            return None
+        self.sent += flat.nbytes
+        work: Any = dist.all_reduce(flat.div_(size(group)), group=group, async_op=True)
+        first: Callable[[Any], Tensor] = lambda done: done.value()[0]  # noqa: E731
+        return work.get_future().then(first)
+
 
 class Handle:
     """A reducer attached to a model: call `reduce()` after backward, `remove()` to detach.
@@ -100,10 +114,17 @@ class Handle:
         self.in_backward = in_backward
 
     def reduce(self) -> None:
-        """Replace every `.grad` by the workers' combined one; a parameter without one counts as zero."""
+        """Replace every `.grad` by the workers' combined one; a parameter without one counts as zero.
+
+        Raises:
+            LaminaError: no parameter has one, so this worker has nothing to send (the others then run into the process
+                group's timeout).
+        """
         if self.model is None or self.in_backward:
             return
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if trained and all(p.grad is None for p in trained.values()):
+            raise LaminaError("no parameter has a gradient to combine: call backward() before reduce()")
         gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
         reduced = self.reducer.reduce(gradients, self.group)
         for name, parameter in trained.items():
@@ -141,6 +162,9 @@ def attach(model: nn.Module, reducer: Reducer, group: Group = None) -> Handle:
         raise PlanError(
             f"{type(reducer).__name__} needs replicated parameters, but {sharded!r} is sharded: use DDP, not FSDP2"
         )
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    if hasattr(reducer, "follow"):
+        reducer.follow({n: p for n, p in bare.named_parameters() if p.requires_grad})
     if not isinstance(model, DistributedDataParallel):
         return Handle(model, reducer, group, in_backward=False)
     in_backward = reducer.granularity == "bucket"
@@ -161,7 +185,12 @@ class _Hook:
 def _reduce_bucket(hook, bucket):  # type: ignore[no-untyped-def]
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     if hook.reducer is not None:
-        views = {hook.names[id(p)]: g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
+        names = [hook.names[id(p)] for p in bucket.parameters()]
+        if hasattr(hook.reducer, "reduce_flat"):
+            later = hook.reducer.reduce_flat(bucket.buffer(), names, hook.group)
+            if later is not None:
+                return later
+        views = dict(zip(names, bucket.gradients(), strict=True))
         for name, reduced in hook.reducer.reduce(views, hook.group).items():
             views[name].copy_(reduced)
     future.set_result(bucket.buffer())
