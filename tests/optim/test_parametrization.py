@@ -123,7 +123,7 @@ def test_training_is_that_of_a_network_parametrized_by_hand(name: str, dtype: to
             for w, (lr, decay) in zip(weights, factors, strict=True)
         ]
     )
-    ours = mup(model, {"name": name, **options}, params=[{"params": list(model.parameters())}])
+    ours = mup(model, {"name": name, **options}, params=model.parameters())
     assert type(ours) is kind
 
     def literal(x: torch.Tensor) -> torch.Tensor:

@@ -36,8 +36,8 @@ class Coordinates:
     def slopes(self, step: int = -1) -> dict[str, float]:
         """Return the exponent with which each module's activations grow with the width: 0 is right, above 0.1 is not.
 
-        A read-out's may be as low as -0.5 at the start (step 0), and rises to 0; a query's that carries the scale of its
-        logits is -0.5. NaN: no activation but zeros.
+        A read-out's may be as low as -0.5 at the start (step 0), and rises to 0; a query's that carries the scale of
+        its logits is -0.5. NaN: no activation but zeros.
         """
         x = np.log(np.asarray(self.widths, dtype=np.float64))
         return {path: _slope(x, rows[step]) for path, rows in self.sizes.items()}

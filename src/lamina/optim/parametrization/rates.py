@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from torch import nn
@@ -36,10 +36,10 @@ RULES: dict[type[Optimizer], Rule] = {
 
 @register("optimizer", "mup", source=SOURCE)
 def mup(
-    model: nn.Module,
+    model: nn.Module | None,
     base: Annotated[Node, Slot("optimizer")] = "adamw",
     *,
-    params: list[dict[str, Any]] | None = None,
+    params: Iterable[Any] | None = None,
     widths: Widths | Mapping[str, Any] | None = None,
     rule: Rule | None = None,
 ) -> Optimizer:
@@ -49,10 +49,11 @@ def mup(
     the hidden weights comes first: there a rewrite puts new parameters, and a logged rate is theirs.
 
     Args:
-        model: in muP (`parametrize`, `MuP`); made once, from the bare model.
+        model: in muP (`parametrize`, `MuP`); the bare one, before it is wrapped. None: no rate is scaled (for a look at
+            what the optimizer keeps).
         base: the optimizer, with its options: `{name: adamw, lr: 4e-3, weight_decay: 0.1}`. Its own weight decay is
             that of all groups that have none of their own and are not marked `adapt=False` (gains and biases).
-        params: groups, as of `parameter_groups`; None = that function's.
+        params: parameters or groups, as of `parameter_groups`; None = that function's.
         widths: what `MuP` decided; None = from the model's history.
         rule: of an optimizer that is not known: how its steps scale, by the name of one that is.
     Raises:
@@ -66,9 +67,11 @@ def mup(
         >>> [group["lr"] for group in optimizer.param_groups]
         [0.025, 0.1, 0.1]
     """
-    model = bare(model)
     make: Callable[..., Optimizer] = factory("optimizer", base)
-    groups = parameter_groups(model, 0.0) if params is None else [dict(g) for g in params]
+    if model is None:
+        return make(params)
+    model = bare(model)
+    groups = _groups(parameter_groups(model, 0.0) if params is None else list(params))
     for group in groups:
         if not group.get("weight_decay") and group.get("adapt") is not False:
             # Then the base optimizer fills in its own.
@@ -150,6 +153,10 @@ def checked_widths(model: nn.Module, widths: Widths | Mapping[str, Any] | None) 
                 "changed its width, so the rates no longer hold. Change the width first, and let MuP decide after that"
             )
     return known
+
+
+def _groups(params: list[Any]) -> list[dict[str, Any]]:
+    return [dict(g) for g in params] if params and isinstance(params[0], Mapping) else [{"params": params}]
 
 
 def _split(
