@@ -29,19 +29,18 @@ contraction of the textbook cycle. On published data (`real_`, neuraloperator's 
 where LAMINA_DATA has it) MgNO against the FNO of 6 modes at 16 x 16; the same networks, nothing trained anew, at
 32 x 32 (`zero_shot`), and their 16 x 16 answers interpolated to 32 x 32 (`interpolated`).
 
-What was found: `reproduced`: 2.70 % against 3.91 % (2.97 / 4.35, 2.52 / 3.65, 2.61 / 3.73 by seed), 0.69 times the
+What was found: `reproduced`: 2.69 % against 3.91 % (2.97 / 4.35, 2.50 / 3.65, 2.61 / 3.73 by seed), 0.69 times the
 FNO's error at 0.58 of its parameters, and 0.66 times that of the FNO with as many (4.10 %). neuraloperator's own FNO
 (116,050 parameters), trained the same way with one seed, gave 4.3 % (`benchmarks/mgno.py`). One level of one step,
 which sees 7 x 7 cells (5,344 parameters), stays at 31 %. Between training and test lie 0.5 points for MgNO, 0.6 for the
-FNO.
-The textbook cycle contracts by 0.60, 0.37, 0.24 and 0.19, at 128 x 128 as at 32 x 32 (0.004 apart at most). On the
+FNO. The textbook cycle contracts by 0.60, 0.37, 0.24 and 0.19, at 128 x 128 as at 32 x 32 (0.004 apart at most). On the
 published data at 16 x 16: 9.1 % against 10.5 %.
 
 Two things did not come out. **Another resolution**: run at 32 x 32 without training, MgNO is wrong by 101 %, where the
-FNO keeps 13.4 %; interpolate MgNO's answer at 16 x 16 instead (13.5 %). **Time**: on a processor an epoch takes 1.29
-times, a step at 128 x 128 1.32 times the FNO's. At about equal accuracy it takes less: with 8 channels (29,067
-parameters) MgNO came to 3.9 % and 4.0 % in two runs at seed 0 where this FNO came to 4.3 % and 3.7 %, in 0.46 to 0.60
-of its time a step (`benchmarks/mgno.py`).
+FNO keeps 13.4 %; interpolate MgNO's answer at 16 x 16 instead (13.5 %). **Time**: on a processor an epoch takes 1.43
+times, a step at 128 x 128 1.41 times the FNO's (CPU seconds, beside other work on the machine). At about equal accuracy
+it takes less: with 8 channels (29,067 parameters) MgNO came to 3.9 % and 4.0 % in two runs at seed 0 where this FNO
+came to 4.3 % and 3.7 %, in 0.46 to 0.60 of its time a step (`benchmarks/mgno.py`).
 
 Limits: weights belong to the spacing of the grid they were trained on; on another the model runs, and warns. Uniform
 grids of 1 to 3 axes, no geometry. The coarsest level needs two cells an axis. With norms over the grid (Navier-Stokes)
