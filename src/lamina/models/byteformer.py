@@ -147,9 +147,9 @@ class ByteFormer(nn.Module):
         x = self.dropout(self._placed(x))
         seen: Tensor | None = mask if self.mask_attention else None
         for block in self.blocks:
-            length = x.shape[1]
             x = block(x, attention_mask=seen)
-            seen = seen if seen is None or x.shape[1] == length else merged_mask(seen)
+            if seen is not None and getattr(block, "merge", None) is not None:
+                seen = merged_mask(seen)
         return self.head(mean_token(normed(self.final_norm, x, seen), seen))
 
     def _placed(self, x: Tensor) -> Tensor:

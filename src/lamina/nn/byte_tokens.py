@@ -63,6 +63,8 @@ class ByteTokens(nn.Module):
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens and their mask."""
         check_bytes(inputs, self.kernel)
+        # In unsigned bytes, 255 would equal the padding.
+        inputs = inputs.long()
         table: Any = getattr(self.embedding, "table", None)
         conv: Any = getattr(self.reduction, "conv", None)
         plain = type(table) is nn.Embedding and type(conv) is nn.Conv1d
@@ -87,6 +89,7 @@ class ByteEmbedding(nn.Module):
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Embed."""
+        inputs = inputs.long()
         return self.table(as_rows(inputs)), inputs != PADDING
 
 
@@ -120,7 +123,7 @@ def byte_tokens(inputs: Tensor, table: Tensor, weight: Tensor) -> Tensor:
     made once.
 
     Args:
-        inputs: whole numbers -1..255; -1 is the table's last row.
+        inputs: int64, -1..255; -1 is the table's last row.
         table: (257, channels). weight: (width, channels, kernel); the stride is kernel // 2.
     """
     width, _, kernel = weight.shape
@@ -139,8 +142,8 @@ def real_tokens(mask: Tensor, kernel: int) -> Tensor:
 
 
 def as_rows(inputs: Tensor) -> Tensor:
-    """Return the rows of the table for bytes, padding as the last one; a new tensor, int64."""
-    return torch.where(inputs == PADDING, ROWS - 1, inputs.long())
+    """Return the rows of the table for bytes (int64), padding as the last one; a new tensor."""
+    return torch.where(inputs == PADDING, ROWS - 1, inputs)
 
 
 def check_bytes(inputs: Tensor, kernel: int) -> None:
@@ -156,9 +159,9 @@ def check_bytes(inputs: Tensor, kernel: int) -> None:
     # Elsewhere the look would wait for the device, and a graph cannot branch on it.
     if inputs.device.type != "cpu" or torch.compiler.is_compiling() or not len(inputs):
         return
-    low, high = inputs.aminmax()
+    low, high = (int(v) for v in inputs.aminmax())
     if low < PADDING or high > 255:
-        raise ShapeError(f"bytes are 0..255 and padding is -1, got values from {int(low)} to {int(high)}")
+        raise ShapeError(f"bytes are 0..255 and padding is -1, got values from {low} to {high}")
     if low == PADDING and kernel:
         lengths = (inputs != PADDING).sum(1)
         short = lengths[(lengths > 0) & (lengths < kernel)]

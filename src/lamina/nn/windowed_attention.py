@@ -121,26 +121,30 @@ def attend_in_windows(
         window, shift = length, 0
     # The tokens before the shift are the end of a window that begins with padding.
     front = window - shift if shift and not wrap else 0
-    back = -(front + length) % window
-    q, k, v = (_cut(t.transpose(1, 2), front, back, window, shift * wrap).transpose(1, 2) for t in (q, k, v))
-    if front or back or seen is not None:
-        seen = torch.ones(1, length, dtype=torch.bool, device=q.device) if seen is None else seen
-        keys = _cut(seen[..., None], front, back, window, shift * wrap)[:, None, None, :, 0]
+    count, roll = -(-(front + length) // window), shift if wrap else 0
+    if seen is None and (front or count * window > length):
+        seen = torch.ones(1, length, dtype=torch.bool, device=q.device)
+    keys = None
+    if seen is not None:
+        keys = _cut(seen[..., None], front, count, window, roll)[:, None, None, :, 0]  # (windows, 1, 1, window)
         keys = keys | ~keys.any(-1, keepdim=True)
-        keys = keys if len(keys) == len(q) else keys.repeat(rows, 1, 1, 1)
-    else:
-        keys = None
+        keys = keys if len(seen) == rows else keys.repeat(rows, 1, 1, 1)
+    q, k, v = (_cut(t.transpose(1, 2), front, count, window, roll).transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2)
-    out = out.reshape(rows, -1, *out.shape[2:])  # (B, L, H, D)
-    out = out.roll(shift, 1) if wrap and shift else out
-    return out[:, front : front + length].transpose(1, 2)
+    out = out.unflatten(0, (rows, count)).flatten(1, 2)  # (B, front + T + back, H, D)
+    out = out.roll(roll, 1) if roll else out
+    out = out[:, front : front + length]
+    if torch.compiler.is_compiling():
+        # In memory of its own, or a graph would hold for lengths alone that windows divide (or do not).
+        out = torch.empty_like(out, memory_format=torch.contiguous_format).copy_(out)
+    return out.transpose(1, 2)
 
 
-def _cut(x: Tensor, front: int, back: int, window: int, roll: int) -> Tensor:
-    """Pad (B, T, ...), move `roll` tokens from its front to its end, and cut it: (B * windows, window, ...)."""
-    x = F.pad(x, (0, 0) * (x.dim() - 2) + (front, back))
+def _cut(x: Tensor, front: int, count: int, window: int, roll: int) -> Tensor:
+    """Pad (B, T, ...), move `roll` tokens from its front to its end, and cut it: (B * count, window, ...)."""
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (front, count * window - front - x.shape[1]))
     x = x.roll(-roll, 1) if roll else x
-    return x.reshape(-1, window, *x.shape[2:])
+    return x.unflatten(1, (count, window)).flatten(0, 1)
 
 
 class TokenMerging1d(nn.Module):
@@ -175,10 +179,15 @@ class TokenMerging1d(nn.Module):
                 raise ShapeError(f"the mask must be {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
             x = x.masked_fill(~mask[..., None], 0.0)
             mask = merged_mask(mask)
-        x = F.pad(x, (0, 0, 0, x.shape[1] % 2))
-        return self.norm(self.reduction(x.reshape(len(x), -1, 2 * self.width))), mask
+        return self.norm(self.reduction(_pairs(x).flatten(2))), mask
 
 
 def merged_mask(mask: Tensor) -> Tensor:
     """Say which pairs of neighbours have a real token: (B, T) bool -> (B, ceil(T / 2))."""
-    return F.pad(mask, (0, mask.shape[1] % 2)).unflatten(1, (-1, 2)).any(-1)
+    return _pairs(mask[..., None]).flatten(2).any(-1)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Put neighbours together, with zeros to an even number: (B, T, C) -> (B, ceil(T / 2), 2, C)."""
+    count = (x.shape[1] + 1) // 2
+    return F.pad(x, (0, 0, 0, 2 * count - x.shape[1])).unflatten(1, (count, 2))
