@@ -31,8 +31,8 @@ tokens, for the first of them, three groups before, against the same decoder wit
 latents is closed), 500 steps each. Beside it, one seed: bytes of the standard library's text, 512 tokens in 16 groups,
 400 steps of 4, with the groups joined, apart, and under full attention.
 
-What was found: one pass over 16384 tokens takes 1/47 of full attention's time (1/42 to 1/55 by run, on a busy machine),
-and time grows as L^0.99 against L^2.04 from 1 k to 16 k tokens; peak memory is as large as full attention's, since the
+What was found: one pass over 16384 tokens takes 1/30 of full attention's time (1/20 to 1/39 by run, on a busy machine),
+and time grows as L^0.86 against L^1.84 from 1 k to 16 k tokens; peak memory is as large as full attention's, since the
 fused kernel keeps no table of pairs. Balanced attention grows as L^1.305, as claimed. Recall is all or nothing: two of
 three runs tell every token right, the third was still at chance after its 500 steps (9 %; with the groups apart 7 %):
 the mean of the gap, 0.63, meets the bar of 0.5 and the interval does not, hence `direction only`. The bar was to be
