@@ -15,8 +15,11 @@ from lamina.gradients.reducer import Group
 from lamina.registry import register
 
 Scale = Literal["max", "l2"]
-CHUNK = 1 << 15
+CHUNK = 1 << 16
 """Elements worked on at a time on a CPU, so that they stay in its cache; part of the format of what is sent."""
+
+INSIDE = 1 - 2.0**-20
+"""Keeps what rounds up from the largest number of a bucket below the next level, whatever the last bit is."""
 
 
 @register("reducer", "qsgd", source="Alistarh et al., QSGD (NeurIPS 2017), arXiv 1610.02132, section 3.1")
@@ -132,16 +135,19 @@ def quantize(
     drawn = torch.empty(-(-width // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
     dither = drawn.view(torch.int16)[:width]
     offsets = torch.randint(-(2**15), 2**15, (-(-n // span),), generator=generator, device=device).to(torch.int16)
-    t, small, shifted = torch.empty(width, device=device), torch.empty_like(dither, dtype=torch.uint8), dither.clone()
+    value, whole, small = torch.empty(width, device=device), dither.clone(), dither.new_empty(width, dtype=torch.uint8)
+    # Codes are floor(v + s + u), u = (dither + 1/2) / 2^16 + 1/2.
+    shift = torch.tensor(s + 0.5 + 2.0**-17, device=device)
     for i, (first, last) in enumerate(_chunks(n, span)):
         rows = _rows(flat[first:last].float(), 8 * bucket).view(-1, bucket)
-        count = rows.numel()
+        count, eighth = rows.numel(), -(-(last - first) // 8)
+        t, shifted = value[:count], whole[:count]
         largest = _scales(rows, scale)
-        torch.add(dither, offsets[i], out=shifted)
-        value = t[:count].copy_(shifted[:count]).mul_(2.0**-16).add_(s + 0.5 + 2.0**-17)
-        value.view(-1, bucket).addcmul_(rows, _inverse(largest / s)).clamp_(0, 2 * s + 0.5)
-        eighth = -(-(last - first) // 8)
-        packed = pack(small[:count].copy_(value)[: 8 * eighth].view(8, eighth), bits)
+        t.copy_(torch.add(dither[:count], offsets[i], out=shifted))
+        t.view(-1, bucket).addcmul_(rows, _inverse(largest / s) * (INSIDE * 2.0**16))
+        # By way of int16, which vector units have.
+        codes_8 = small[:count].copy_(shifted.copy_(torch.add(shift, t, alpha=2.0**-16, out=t)))[: 8 * eighth]
+        packed = pack(codes_8.view(8, eighth), bits)
         codes[bits * first // 8 :][: packed.numel()] = packed.view(-1)
         scales[first // bucket : -(-last // bucket)] = largest[: -(-(last - first) // bucket), 0]
     return scales, codes
@@ -165,8 +171,12 @@ def add_dequantized(total: Tensor, scales: Tensor, codes: Tensor, bits: int, buc
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Put codes below 2^bits side by side: 8 rows of bytes -> `bits` rows. Row i's bits begin at bit i * bits."""
-    if bits == 8:
-        return codes
+    if 8 % bits == 0:
+        together = codes.view(bits, 8 // bits, -1)
+        packed = together[:, 0]
+        for i in range(1, 8 // bits):
+            packed = packed | (together[:, i] << (bits * i))
+        return packed
     packed = torch.zeros((bits, codes.shape[1]), dtype=torch.uint8, device=codes.device)
     for i, row, shift in _places(bits):
         packed[row] |= codes[i] << shift if shift >= 0 else codes[i] >> -shift
@@ -175,8 +185,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """Undo `pack`: `bits` rows -> 8 rows."""
-    if bits == 8:
-        return packed
+    if 8 % bits == 0:
+        return torch.stack([(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)], 1).view(8, -1)
     codes = torch.zeros((8, packed.shape[1]), dtype=torch.uint8, device=packed.device)
     for i, row, shift in _places(bits):
         codes[i] |= packed[row] >> shift if shift >= 0 else packed[row] << -shift
@@ -210,7 +220,9 @@ def _rows(flat: Tensor, width: int) -> Tensor:
 
 def _scales(rows: Tensor, scale: Scale) -> Tensor:
     """Return what each row is measured by: (rows, width) -> (rows, 1)."""
-    return torch.linalg.vector_norm(rows, float("inf") if scale == "max" else 2, dim=1, keepdim=True)
+    if scale == "max":
+        return rows.abs().amax(1, keepdim=True)
+    return torch.linalg.vector_norm(rows, 2, dim=1, keepdim=True)
 
 
 def _inverse(step: Tensor) -> Tensor:
