@@ -156,6 +156,11 @@ def test_at_the_bases_own_width_nothing_changes() -> None:
             one(tokens()).square().mean().backward()
             optimizer.step()
     assert torch.equal(model(tokens()), plain(tokens()))
+    # Without a second width, shapes tell nothing there; the model is in muP all the same.
+    same = in_mup(16, 16)
+    assert isinstance(same[4], MuReadout)
+    torch.manual_seed(0)
+    assert torch.equal(same(batch()["inputs"]), network(16)(batch()["inputs"]))
 
 
 def batch() -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from lamina.errors import AnatomyError, LaminaError, nearest
 from lamina.lineage import Lineage
 from lamina.optim.groups import is_norm
 from lamina.optim.parametrization.initial import initial_factors
-from lamina.optim.parametrization.readout import as_query, as_readout, is_parametrized
+from lamina.optim.parametrization.readout import READOUTS, as_query, as_readout, is_parametrized
 from lamina.optim.parametrization.widths import MUP_NAME, Role, Widths, compare
 from lamina.recipe import build
 
@@ -91,6 +91,8 @@ class MuP:
         if delta is None and isinstance(self.base, Mapping):
             delta = _doubled(self.base, model)
         widths, readouts = compare(model, base, delta, self.roles)
+        if all(kind == "fixed" for _, _, kind in widths.values()):
+            readouts = _head_alone(model)
         names = {id(p): n for n, p in model.named_parameters()}
         weights = {path: model.get_submodule(path).weight for path in readouts}
         _warn_deep(model, widths)
@@ -207,6 +209,15 @@ def _doubled(base: Mapping[str, Any], model: nn.Module) -> nn.Module | None:
     except (LaminaError, ValueError, NotImplementedError):
         # Not every size can be doubled: then the model itself has to do.
         return None
+
+
+def _head_alone(model: nn.Module) -> dict[str, float]:
+    """Name the head of a model that is as wide as its base, so that it is in muP as the wider ones are."""
+    try:
+        path = anatomy.find_head(model)
+    except AnatomyError:
+        return {}
+    return {path: 1.0} if type(anatomy.get(model, path)) in READOUTS else {}
 
 
 def _zeros(patterns: Sequence[str], names: Iterable[str]) -> dict[str, float]:
