@@ -119,7 +119,7 @@ def test_batches_have_files_of_like_lengths_and_an_epoch_has_every_file_once():
     means = torch.tensor([[float(many().files.lengths[b].float().mean()) for b in e[:-1]] for e in epochs])
     assert (means[:, :12].mean() - means[:, 13:].mean()).abs() < 60
     shares = [Loader(many(), 8, rank=r, world=2) for r in range(2)]
-    both = [sorted(sum((next(s)["labels"].tolist() for s in shares), [])) for _ in range(3)]
+    both = [sorted(i for s in shares for i in next(s)["labels"].tolist()) for _ in range(3)]
     assert both == [sorted(b) for b in epochs[0][:3]]
 
 
@@ -153,17 +153,36 @@ def test_noise_is_new_in_every_epoch_and_resuming_gives_the_very_bytes():
     assert sum(same) < 4
 
 
-@pytest.mark.skipif(not os.environ.get("LAMINA_DATA"), reason="LAMINA_DATA names no folder with the JPEGs of CIFAR-10")
-def test_real_jpegs_are_read_as_they_are(tmp_path):
-    with np.load(os.path.join(os.environ["LAMINA_DATA"], "cifar10/test_jpeg_3k.npz"), allow_pickle=False) as held:
-        content, offsets, labels = held["data"], held["offsets"], held["labels"]
-    for i in range(12):
-        place = tmp_path / f"c{labels[i]}" / f"{i}.jpg"
-        place.parent.mkdir(exist_ok=True)
-        place.write_bytes(content[offsets[i] : offsets[i + 1]].tobytes())
-    batch = next(Loader(file_bytes(tmp_path, batch=4, split=0.0).train, 4))
-    assert batch["inputs"][:, :2].tolist() == [[0xFF, 0xD8]] * 4
-    assert all(bytes(r[r >= 0][-2:].tolist()) == b"\xff\xd9" for r in batch["inputs"])
+def test_files_back_to_back_in_an_archive_are_taken_apart(tmp_path):
+    kept = [bytes([i] * (3 + i)) for i in range(6)]
+    ends = np.cumsum([0, *map(len, kept)])
+    packed = {"data": np.frombuffer(b"".join(kept), np.uint8), "labels": np.arange(6) % 2}
+    np.savez(tmp_path / "a.npz", offsets=ends, **packed)
+    found = file_bytes(tmp_path / "a.npz", batch=2, split=0.0).train.batch(torch.arange(6))
+    assert [bytes(r[r >= 0].tolist()) for r in found["inputs"]] == kept
+    assert found["labels"].tolist() == [0, 1, 0, 1, 0, 1]
+    np.savez(tmp_path / "b.npz", offsets=ends[:-1], **packed)
+    with pytest.raises(ShapeError, match="6 labels"):
+        file_bytes(tmp_path / "b.npz", batch=2)
+
+
+REAL = {"cifar10/test_jpeg_3k.npz": b"\xff\xd8\xff", "speech/fsdd_4speakers_30takes.npz": b"RIFF"}
+
+
+@pytest.mark.skipif(not os.environ.get("LAMINA_DATA"), reason="LAMINA_DATA names no folder with JPEG and WAV files")
+@pytest.mark.parametrize(("name", "begin"), REAL.items())
+def test_real_jpegs_and_spoken_digits_are_read_as_they_are_with_little_padding(name, begin):
+    path = os.path.join(os.environ["LAMINA_DATA"], name)
+    if not os.path.exists(path):
+        pytest.skip(f"LAMINA_DATA has no {name}")
+    loader, drawn = (Loader(file_bytes(path, batch=16, pool=p).train, 16) for p in (16, 1))
+    batch = next(loader)
+    assert all(bytes(r[: len(begin)].tolist()) == begin for r in batch["inputs"])
+    assert padded_share(loader) < padded_share(drawn) / 2
+    if begin == b"RIFF":
+        values, rate = data.read_sound(bytes(batch["inputs"][0][batch["inputs"][0] >= 0].tolist()))
+        assert rate == 8000
+        assert 0.01 < np.abs(values).max() <= 1
 
 
 def test_what_cannot_be_is_refused(tmp_path):
@@ -181,6 +200,7 @@ def test_what_cannot_be_is_refused(tmp_path):
         ({"source": []}, "list of files is empty"),
         ({"source": place, "encoding": "png"}, "by way of pixels"),
         ({"source": place, "encoding": "wav"}, "uncompressed WAV"),
+        ({"source": tmp_path / "no.npz"}, "does not exist"),
         ({"source": place, "quality": 3}, "for JPEG"),
         ({"source": place, "pad": 0}, "pad is -1"),
         ({"source": place, "pool": 0}, "pool must be"),

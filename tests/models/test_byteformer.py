@@ -129,8 +129,9 @@ def test_tokens_are_as_many_as_the_formulas_say():
         found.clear()
         model(torch.randint(256, (1, length)))
         n = (length - 8) // 4 + 1
-        half, quarter = -(-n // 2), -(-(-(-n // 2)) // 2)
-        assert found == [(n, half), (half, quarter), (quarter, quarter), (quarter, -(-quarter // 2))]
+        half = (n + 1) // 2
+        quarter = (half + 1) // 2
+        assert found == [(n, half), (half, quarter), (quarter, quarter), (quarter, (quarter + 1) // 2)]
 
 
 def test_a_re_keyed_model_reads_obfuscated_bytes_as_the_plain_one_did_and_the_way_back_is_the_identity():

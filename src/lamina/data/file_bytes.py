@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamina.data._arrays import npz
 from lamina.data._files import existing
 from lamina.data.byte_encoding import PIXELS, Array, Encoding, Sample, check_encoding, encode, read_sound
 from lamina.data.byte_transforms import Transform, make_transform
 from lamina.data.examples import Columns, Data, Examples, split_rows
-from lamina.data.images import Images
+from lamina.data.images import Images, whole_labels
 from lamina.data.loader import permutation
 from lamina.errors import LaminaError, ShapeError
 from lamina.recipe import build
@@ -48,9 +50,10 @@ def file_bytes(
     within pools of a few batches; every epoch still has each file once, in an order that depends on the seed alone.
 
     Args:
-        source: a folder with a sub-folder a class, or a list of files (the folder a file stands in is its class); or a
-            data set of images (`pixel_values`) or sounds (`inputs` (B, T) from -1 to 1) to encode, or its recipe node,
-            such as `{name: images, source: photos, size: 64, mean: 0, std: 1}`.
+        source: a folder with a sub-folder a class; a list of files (the folder a file stands in is its class); a .npz
+            that holds files back to back: `data` uint8, `offsets` (N + 1), `labels` (N); or a data set of images
+            (`pixel_values`) or sounds (`inputs` (B, T) from -1 to 1) to encode, or its recipe node, such as
+            `{name: images, source: photos, size: 64, mean: 0, std: 1}`.
         encoding: "raw" (files as they are); of images "fhwc", "fchw", "tiff", "png" or "jpeg"; of sounds "wav" (WAV
             files of a folder are stored anew as `sample` says). See `encode`.
         batch: global batch size.
@@ -93,13 +96,14 @@ def file_bytes(
         )
         evaluation = held[0].bucketed(batch) if held else None
         return Data(train, evaluation, batch, _classes(given, train), f"file_bytes of {given.name}")
-    paths, labels, classes = _labelled(source)
     if encoding in PIXELS:
         raise LaminaError(
             f"files become {encoding} by way of pixels: as source give a set of images, such as "
             "{name: images, source: FOLDER, size: 64, mean: 0, std: 1}"
         )
-    stored = DiskFiles(paths) if encoding == "raw" else KeptFiles([_again(p, sample) for p in paths])
+    stored, labels, classes = _stored(source)
+    if encoding == "wav":
+        stored = KeptFiles([_again(c, sample) for c in stored.contents(torch.arange(len(stored)))[0]])
     whole = FileBytes(stored, labels, **options)
     mine, rest = split_rows(len(whole), split, seed)
     evaluation = whole.select(rest).bucketed(batch) if split else None
@@ -226,11 +230,17 @@ class DiskFiles:
 
 
 class KeptFiles:
-    """Contents of files, kept in memory."""
+    """Contents of files, kept in memory.
+
+    Raises:
+        LaminaError: one of them is empty.
+    """
 
     def __init__(self, kept: Sequence[bytes]) -> None:
         self.kept = list(kept)
         self.lengths: Tensor | None = torch.tensor([len(k) for k in self.kept])
+        if not all(self.kept):
+            raise LaminaError(f"file {self.kept.index(b'')} of {len(self.kept)} is empty")
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -286,8 +296,26 @@ def _classes(given: Data, part: FileBytes) -> dict[str, Any]:
     return {} if part.labels is None else {"classes": int(part.labels.max()) + 1}
 
 
-def _labelled(source: str | Path | Sequence[str | Path]) -> tuple[list[Path], Tensor, int]:
+def _stored(source: str | Path | Sequence[str | Path]) -> tuple[Files, Tensor, int]:
     """Return files, the class of each, and how many classes there are."""
+    if isinstance(source, (str, Path)) and Path(source).suffix == ".npz":
+        data, offsets, labels = npz(source, ["data", "offsets", "labels"])
+        classes = whole_labels(labels)
+        if data.dtype != np.uint8 or offsets.shape != (len(labels) + 1,) or offsets[-1] > len(data):
+            raise ShapeError(
+                f"{str(source)!r} must hold data (uint8), a label a file and one offset more than that, got data "
+                f"{data.dtype} {data.shape}, {len(labels)} labels, offsets {offsets.shape}"
+            )
+        ends = offsets.astype(np.int64).tolist()
+        kept = [data[a:b].tobytes() for a, b in pairwise(ends)]
+        return KeptFiles(kept), classes, int(classes.max()) + 1
+    paths, names = _paths(source)
+    known = sorted(set(names))
+    return DiskFiles(paths), torch.tensor([known.index(n) for n in names]), len(known)
+
+
+def _paths(source: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """Return files and the name of the class of each."""
     if isinstance(source, (str, Path)):
         folder = existing(source, "the folder of files")
         if not folder.is_dir():
@@ -303,15 +331,14 @@ def _labelled(source: str | Path | Sequence[str | Path]) -> tuple[list[Path], Te
         names = [p.absolute().parent.name for p in found]
         if not found:
             raise LaminaError("the list of files is empty")
-    classes = sorted(set(names))
-    return found, torch.tensor([classes.index(n) for n in names]), len(classes)
+    return found, names
 
 
 def _visible(path: Path) -> bool:
     return not any(part.startswith(".") for part in path.parts)
 
 
-def _again(path: Path, sample: Sample) -> bytes:
+def _again(content: bytes, sample: Sample) -> bytes:
     """Store the sound of a WAV file anew."""
-    values, rate = read_sound(existing(path, "the file").read_bytes(), str(path))
+    values, rate = read_sound(content)
     return encode(values, "wav", rate=rate, sample=sample)
