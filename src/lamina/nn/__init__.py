@@ -10,6 +10,7 @@ cross_attention  attention of one sequence to another, of another width
 equilibrium     mean field at its unique equilibrium: monotone couplings, proximal softmax, fixed points
 evonorm         norm and activation as one layer
 feed_forward    the plain and the gated position-wise network
+float8          layers that train on float8 numbers and keep them, in a byte each, for the backward pass
 fourier_head    logits over ordered bins as a Fourier density; fourier_density: the density itself
 hopfield        association with stored patterns: mixer, pooling, look-up, memory; attention is one case of it
 hypercomplex    linear layers and convolutions with 1/n of the weights
@@ -50,6 +51,11 @@ from lamina.nn.feed_forward import FeedForward as FeedForward
 from lamina.nn.feed_forward import SwiGLU as SwiGLU
 from lamina.nn.fixed_point_solver import FixedPointInfo as FixedPointInfo
 from lamina.nn.fixed_point_solver import fixed_point as fixed_point
+from lamina.nn.float8 import Float8Activation as Float8Activation
+from lamina.nn.float8 import Float8GatedMLP as Float8GatedMLP
+from lamina.nn.float8 import Float8LayerNorm as Float8LayerNorm
+from lamina.nn.float8 import Float8Linear as Float8Linear
+from lamina.nn.float8 import Float8RMSNorm as Float8RMSNorm
 from lamina.nn.fourier_density import FourierDensity as FourierDensity
 from lamina.nn.fourier_density import FourierDistribution as FourierDistribution
 from lamina.nn.fourier_head import FourierHead as FourierHead
