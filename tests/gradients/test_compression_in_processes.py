@@ -1,9 +1,13 @@
 """Compressors in real processes: under DistributedDataParallel, against torch's hook, in the trainer, with faults."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lamina.errors import LaminaError
 from lamina.gradients import QSGD, LGreCo, PowerSGD, TopK, attach
 from lamina.objectives import Classification
+from lamina.optim import LAMB
 from lamina.train.phases import Scheduled
 
 
@@ -120,6 +125,7 @@ def the_trainer_resumes_with_each_worker_s_own_residuals(rank, folder):
             folder / name,
             model=net(width=24, batch_norm=False),
             objective=Stopping(at),
+            optimizer=lambda m: LAMB(m.parameters(), lr=1e-2),
             reducer=LGreCo(TopK(0.1), period=4, start_step=1, window=2),
             rewrites=[Scheduled(DropLast(), 0.5)],
             checkpoint_every=1,
@@ -183,3 +189,44 @@ def test_two_processes(tmp_path):
             worker.kill()
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert [queue.get(timeout=5) for _ in workers] == ["done", "done"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_recipe_trains_over_four_processes(tmp_path):
+    root = Path(__file__).parents[2]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "lamina"]
+    options = [
+        "train.steps=12",
+        "gradients.start_step=2",
+        "gradients.period=3",
+        "gradients.window=2",
+        "model.width=32",
+        "train.checkpoint_every=4",
+    ]
+    ended = subprocess.run(
+        [
+            *command,
+            "train",
+            str(root / "recipes/compressed.yaml"),
+            *options,
+            "train.checkpoint_every=4",
+            "--out",
+            str(out),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    rows = numbers(out)
+    assert [r["event"] for r in rows].count("rewrite") == 1
+    assert rows[-1]["step"] == 12
+    state = json.loads((out / "checkpoints" / "step-000012" / "state.json").read_text())
+    reducers = [p["reducer"] for p in state["processes"]]
+    assert [r["choices"] for r in reducers] == [4, 4, 4, 4]
+    assert all(r["base"]["memory"]["options"] == reducers[0]["base"]["memory"]["options"] for r in reducers)
+    assert len({str(r["base"]["memory"]["residual"]) for r in reducers}) == 4, "a checkpoint keeps each worker's own"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -33,7 +33,7 @@ class Throttled:
         0
     """
 
-    granularity: Literal["bucket", "model"]
+    granularity: ClassVar[Literal["bucket", "model"]] = "bucket"
 
     def __init__(
         self, base: Annotated[Node | Any, Slot("reducer")] = "mean", *, bytes_per_second: float = 1.25e8
@@ -41,7 +41,8 @@ class Throttled:
         if not bytes_per_second > 0:
             raise LaminaError(f"bytes_per_second must be above 0, got {bytes_per_second!r}")
         self.base: Reducer = built(base)
-        self.granularity = self.base.granularity
+        # The inner one's, in place of the class's own.
+        vars(self)["granularity"] = self.base.granularity
         self.bytes_per_second = bytes_per_second
 
     def tasks(self, step: int, rank: int, world: int) -> Sequence[int]:

@@ -121,8 +121,8 @@ class PowerSGD(Compressor):
         q = self._mean_factors({n: times(m.T, p[n]) for n, m in matrices.items()}, dtype, group)
         result = {}
         for name, gradient in layers.items():
-            product = outer(p[name], q[name])
-            result[name] = product.to(dtype).view(gradient.shape)
+            product = outer(p[name], q[name]).to(dtype)
+            result[name] = product.view(gradient.shape)
             self.keep(name, matrices[name].sub_(product).view(gradient.shape))
             if self.warm_start:
                 self.memory["factor"][name] = q[name]
