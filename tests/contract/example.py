@@ -39,5 +39,7 @@ class Example:
     """Why a pass has no place in a foreign model (it undoes what another pass of ours did); empty = it must have."""
     no_onnx: str = ""
     """Which operation ONNX does not have; empty = torch.onnx.export must take it. Not looked at under `no_compile`."""
+    workers: int = 2
+    """How many a reducer takes at least: among two, one that takes more must say so."""
     no_autocast: str = ""
     """Why it cannot run under bf16 autocast; empty = it must."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lamina.batches import call
+from lamina.errors import LaminaError
 from lamina.gradients import attach
 from lamina.objectives import MaskedToken
 from lamina.parallel.data_parallel import Placement, place
@@ -66,8 +67,19 @@ def reducers(rank):
         module = nn.Linear(3, 2)
         handle = attach(module, make(example))
         module(torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))).square().sum().backward()
+        if example.workers > 2:
+            yield label(example), refused(handle.reduce, "workers, got 2")
+            continue
         handle.reduce()
         yield label(example), everywhere(module.weight.grad) and handle.reducer.bytes_sent() > 0
+
+
+def refused(call, words):
+    try:
+        call()
+    except LaminaError as error:
+        return words in str(error)
+    return False
 
 
 def optimizers(rank):

@@ -15,7 +15,7 @@ from lamina.gradients import Mean, Median, attach
 from lamina.gradients.reducer import flatten, unflatten
 from lamina.gradients.robust import median
 
-EXAMPLES = [Example("reducer", "mean"), Example("reducer", "median")]
+EXAMPLES = [Example("reducer", "mean")]
 
 
 @settings(deadline=None, max_examples=50)
@@ -92,8 +92,11 @@ def _work(rank, world, file, queue):
             for p, e in zip(model.parameters(), expected, strict=True):
                 if not torch.allclose(p.grad, e, atol=1e-5):
                     wrong.append((name, wrap))
-        if reducer.bytes_sent() != 2 * 4 * sum(p.numel() for p in base.parameters()):
-            wrong.append((name, "bytes", reducer.bytes_sent()))
+        count = sum(p.numel() for p in base.parameters())
+        # The median: a roll call, everything once to whom it concerns, and the combined slice (padded to three).
+        sent = {"mean": 4 * count, "median": 24 + 4 * 4 * -(-count // 3)}[name]
+        if reducer.bytes_sent() != 2 * sent:
+            wrong.append((name, "bytes", reducer.bytes_sent(), 2 * sent))
     queue.put(wrong)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,11 +1,13 @@
 """Reducers: how the gradients of data-parallel workers become one.
 
-reducer      the protocol, averaging, the DDP and after-backward adapters
-compression  few bits (QSGD), the largest entries (TopK), low rank (PowerSGD), with error feedback
-l_greco      a knob of these for every layer, chosen to make the message small within an error budget
-budget       that choice as a pure function, solved exactly
-robust       coordinate-wise median (and later: trimmed mean, Krum, ...)
-throttled    any of them over a slower link, to measure
+reducer          the protocol, averaging, the DDP and after-backward adapters
+compression      few bits (QSGD), the largest entries (TopK), low rank (PowerSGD), with error feedback
+l_greco          a knob of these for every layer, chosen to make the message small within an error budget
+budget           that choice as a pure function, solved exactly
+robust           rules that a faulty minority cannot carry away: median, trimmed mean, Krum, Bulyan, ...
+flag_aggregator  the same by projection onto the subspace that explains most workers best
+flag_subspace    that subspace, from the workers' inner products
+throttled        any of them over a slower link, to measure
 """
 
 from lamina.gradients.budget import solve_budget as solve_budget
@@ -13,10 +15,20 @@ from lamina.gradients.compression import QSGD as QSGD
 from lamina.gradients.compression import Compressor as Compressor
 from lamina.gradients.compression import PowerSGD as PowerSGD
 from lamina.gradients.compression import TopK as TopK
+from lamina.gradients.flag_aggregator import FlagAggregator as FlagAggregator
+from lamina.gradients.flag_subspace import FlagSubspace as FlagSubspace
+from lamina.gradients.flag_subspace import flag_subspace as flag_subspace
 from lamina.gradients.l_greco import LGreCo as LGreCo
 from lamina.gradients.reducer import Handle as Handle
 from lamina.gradients.reducer import Mean as Mean
 from lamina.gradients.reducer import Reducer as Reducer
 from lamina.gradients.reducer import attach as attach
+from lamina.gradients.robust import Bulyan as Bulyan
+from lamina.gradients.robust import GeometricMedian as GeometricMedian
+from lamina.gradients.robust import Krum as Krum
+from lamina.gradients.robust import MeaMed as MeaMed
 from lamina.gradients.robust import Median as Median
+from lamina.gradients.robust import Phocas as Phocas
+from lamina.gradients.robust import RobustRule as RobustRule
+from lamina.gradients.robust import TrimmedMean as TrimmedMean
 from lamina.gradients.throttled import Throttled as Throttled

@@ -27,8 +27,8 @@ class FlagAggregator(RobustRule):
 
     Workers whose gradient has NaN or infinity, or is nothing but zeros, are left out: in `failed`, and p below counts
     those that are left. A float64 gradient whose square overflows (about 1e150) counts as infinite. After a call
-    `explained` has v_i, the share of each worker's direction inside the subspace, and `weights` the w_i of the last step
-    (both 0 where left out; with `per_layer` a row a parameter).
+    `explained` has v_i, the share of each worker's direction inside the subspace, and `weights` has the w_i
+    that follow from it (both 0 where left out; with `per_layer` a row a parameter).
 
     Args:
         rank: dimension m of the subspace, 1 .. workers; None = ceil((p + 1) / 2).
@@ -48,8 +48,9 @@ class FlagAggregator(RobustRule):
         which is equal. A gradient of zeros is left out (there: it shortens the mean).
     Example:
         >>> honest = torch.tensor([[1.0, 0.1, 0.0], [1.0, 0.0, 0.1], [1.0, -0.1, 0.0], [1.0, 0.0, -0.1]])
-        >>> FlagAggregator(rank=1).aggregate(torch.cat([honest, torch.tensor([[0.0, 90.0, 90.0]])])).round(decimals=1)
-        tensor([0.8, 0.0, 0.0])
+        >>> faulty = torch.tensor([[0.0, 90.0, 90.0]])
+        >>> FlagAggregator(rank=1).aggregate(torch.cat([honest, faulty])).round(decimals=1)
+        tensor([0.8000, 0.0000, 0.0000])
     """
 
     leaves_out_zeros = True

@@ -29,7 +29,7 @@ class FlagSubspace:
     explained: Tensor
     """v: share of each direction's squared length that lies in the subspace, 0..1."""
     weights: Tensor
-    """w: column weights of the last accepted step."""
+    """w: (1 - v + 1e-7)^((1/a - 1) / 2), the column weights that a further step would use."""
     projected: Tensor
     """(directions, directions): Y Y^T U = U @ projected."""
     objectives: list[float]
@@ -67,8 +67,8 @@ def flag_subspace(
         Mankovich et al. (2022), arXiv 2203.04437.
     Example:
         >>> u = torch.eye(3, dtype=torch.float64)[[0, 0, 0, 1]]
-        >>> flag_subspace(u @ u.T, rank=1).explained
-        tensor([1., 1., 1., 0.], dtype=torch.float64)
+        >>> flag_subspace(u @ u.T, rank=1).explained.round().tolist()
+        [1.0, 1.0, 1.0, 0.0]
     """
     p = len(products)
     if products.ndim != 2 or products.shape != (p, p) or p < 1:
@@ -82,11 +82,10 @@ def flag_subspace(
     pairs = _Pairs(x, lam, a, compat) if lam > 0 and p > 1 else None
     explained = torch.zeros(p, dtype=torch.float64)
     objectives: list[float] = []
-    found = (torch.zeros(len(x), 0, dtype=torch.float64), explained, explained)
+    found = (torch.zeros(len(x), 0, dtype=torch.float64), explained)
     inside: Tensor | None = None
     for _ in range(iters):
-        weights = _column_weights(explained, a)
-        spread = (x * weights.square()) @ x.T
+        spread = (x * _column_weights(explained, a).square()) @ x.T
         if pairs is not None:
             spread += pairs.spread(inside)
         inside = torch.linalg.eigh(spread).eigenvectors[:, -rank:]
@@ -94,13 +93,13 @@ def flag_subspace(
         objective = float((1 - explained).pow(1 / a).sum()) + (pairs.objective(inside) if pairs is not None else 0.0)
         if objectives and objective > objectives[-1]:
             break
-        found = (inside, explained, weights)
+        found = (inside, explained)
         objectives.append(objective)
         if len(objectives) > 1 and objectives[-2] - objective < CONVERGED:
             break
-    inside, explained, weights = found
+    inside, explained = found
     basis = vectors @ (inside / scale[:, None])
-    return FlagSubspace(basis, explained, weights, basis @ (inside.T @ x), objectives)
+    return FlagSubspace(basis, explained, _column_weights(explained, a), basis @ (inside.T @ x), objectives)
 
 
 def _column_weights(explained: Tensor, a: float) -> Tensor:

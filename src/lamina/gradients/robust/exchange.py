@@ -49,11 +49,7 @@ class Exchange:
             ShapeError: workers disagree about names, shapes or types.
         """
         mine = torch.tensor([checksum, int(finite), count], dtype=torch.int64, device=device)
-        everyone = mine.new_empty(self.workers * 3)
-        with self._told():
-            dist.all_gather_into_tensor(everyone, mine, group=self.group)
-        self.sent += mine.nbytes
-        words: list[list[int]] = everyone.view(self.workers, 3).tolist()
+        words: list[list[int]] = self.gather(mine).view(self.workers, 3).tolist()
         silent = [r for r, (_, _, count) in enumerate(words) if count == 0]
         if silent:
             raise LaminaError(f"{named(silent)} sent no gradient; nothing was combined")
@@ -86,7 +82,7 @@ class Exchange:
         """Return the workers' slices, one after another: (n,) -> (workers * n,)."""
         whole = part.new_empty(self.workers * len(part))
         with self._told():
-            dist.all_gather_into_tensor(whole, part, group=self.group)
+            dist.all_gather(list(whole.split(len(part))), part, group=self.group)
         self.sent += part.nbytes
         return whole
 

@@ -13,7 +13,9 @@ from lamina.gradients.robust.rule import Nonfinite, RobustRule
 from lamina.registry import register
 
 
-@register("reducer", source="Pillutla et al., Robust Aggregation for Federated Learning (2019), arXiv 1912.13445, alg. 2")
+@register(
+    "reducer", source="Pillutla et al., Robust Aggregation for Federated Learning (2019), arXiv 1912.13445, alg. 2"
+)
 class GeometricMedian(RobustRule):
     """Geometric median of the workers' gradients: right as long as fewer than half of them are faulty.
 

@@ -77,7 +77,9 @@ class Krum(RobustRule):
         return weighted_sum(rows, weights[chosen], [kept[i] for i in chosen.tolist()])
 
 
-@register("reducer", source="El Mhamdi et al., The Hidden Vulnerability of Distributed Learning (2018), arXiv 1802.07927")
+@register(
+    "reducer", source="El Mhamdi et al., The Hidden Vulnerability of Distributed Learning (2018), arXiv 1802.07927"
+)
 class Bulyan(RobustRule):
     """Krum again and again, and of those it picked the mean of each coordinate around its median.
 

@@ -1,4 +1,4 @@
-"""Gradients of one dtype as one vector that splits evenly over the workers, and which of its numbers belong together."""
+"""Gradients of one dtype as one vector that splits evenly over the workers, and what in it belongs together."""
 
 from __future__ import annotations
 

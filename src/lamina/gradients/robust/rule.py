@@ -89,7 +89,11 @@ class RobustRule(Stateless, ABC):
         if not isinstance(gradients, Tensor) or gradients.ndim != 2 or not gradients.is_floating_point():
             raise ShapeError(
                 "gradients must be one floating-point tensor of shape (workers, n), got "
-                + (f"{gradients.dtype} of shape {tuple(gradients.shape)}" if isinstance(gradients, Tensor) else "no tensor")
+                + (
+                    f"{gradients.dtype} of shape {tuple(gradients.shape)}"
+                    if isinstance(gradients, Tensor)
+                    else "no tensor"
+                )
             )
         rows = gradients.detach()
         self.check(len(rows))
