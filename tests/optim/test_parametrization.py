@@ -21,7 +21,7 @@ from lamina.optim.parametrization import param_groups, widths_of
 from lamina.optim.parametrization.rates import RULES, Rule, rates
 from lamina.recipe import factory
 from lamina.registry import names
-from lamina.rewrite import GrowParameterTokens, history, rewrite
+from lamina.rewrite import DropMLP, GrowParameterTokens, Replace, history, rewrite
 
 OF_SMALL = {
     "parameters": {
@@ -334,21 +334,38 @@ def test_a_model_without_a_read_out_is_rescaled_and_the_optimizer_follows() -> N
     assert any(p is model[1].weight for p in optimizer.param_groups[0]["params"])
 
 
-def test_pairs_may_grow_in_training_and_not_before() -> None:
+def tokenformer(base: dict[str, int]) -> nn.Module:
     from lamina.models import TokenFormer
 
     sizes: Any = {"depth": 1, "vocabulary": 19, "context": 8, "attention_pairs": 4, "mlp_pairs": 8}
     roles: Any = {"blocks.*.key": "normalized", "blocks.*.value": "input"}
-    make = lambda: rewrite(TokenFormer(width=32, heads=2, **sizes), MuP({"width": 16}, roles=roles))  # noqa: E731
-    model = make()
+    return rewrite(TokenFormer(width=32, heads=2, **sizes), MuP(base, roles=roles))
+
+
+def test_pairs_may_grow_unless_they_are_a_width_themselves() -> None:
+    model = tokenformer({"width": 16})
     optimizer = mup(model, {"name": "adam", "lr": 0.1})
     key = next(n for n, _ in model.named_parameters() if n.endswith(".key"))
     assert by_name(model, optimizer.param_groups)[key][0] == pytest.approx(0.1 / 2**0.5)
     rewrite(model, GrowParameterTokens(2.0), optimizer=optimizer)
-    assert by_name(model, optimizer.param_groups)[key][0] == pytest.approx(0.1 / 2**0.5)
-    grown = rewrite(make(), GrowParameterTokens(2.0))
+    carried = by_name(model, optimizer.param_groups)
+    assert carried[key][0] == pytest.approx(0.1 / 2**0.5)
+    assert by_name(model, mup(model, {"name": "adam", "lr": 0.1}).param_groups) == carried
+    grown = rewrite(tokenformer({"width": 16, "attention_pairs": 2, "mlp_pairs": 4}), GrowParameterTokens(2.0))
     with pytest.raises(LaminaError, match=r"is \(8, 32\), and was \(4, 32\) when MuP decided"):
         mup(grown, "adam")
+
+
+def test_a_resumed_run_has_the_groups_of_one_never_killed() -> None:
+    model = rewrite(decoder(32), MuP({"width": 16}))
+    node: Any = {"name": "lamb", "lr": 0.1}
+    optimizer = mup(model, node)
+    rewrite(model, Replace("attention", "hopfield"), optimizer=optimizer)
+    rewrite(model, DropMLP(1), data=[{"input_ids": tokens()}], optimizer=optimizer)
+    resumed = mup(model, node)
+    carried = [(g["lr"], sorted(map(id, g["params"]))) for g in optimizer.param_groups]
+    assert [(g["lr"], sorted(map(id, g["params"]))) for g in resumed.param_groups] == carried
+    assert len({id(p) for g in resumed.param_groups for p in g["params"]}) == len(list(model.parameters()))
 
 
 def test_the_global_generator_is_left_alone_and_objectives_parameters_keep_the_rate() -> None:

@@ -90,7 +90,7 @@ class MuP:
         delta = None if self.delta is None else _made(self.delta, model, "meta")
         if delta is None and isinstance(self.base, Mapping):
             delta = _doubled(self.base, model)
-        widths, readouts = compare(model, base, delta, self.roles)
+        widths, growing, readouts = compare(model, base, delta, self.roles)
         if all(kind == "fixed" for _, _, kind in widths.values()):
             readouts = _head_alone(model)
         names = {id(p): n for n, p in model.named_parameters()}
@@ -99,6 +99,7 @@ class MuP:
         return Widths(
             parameters=widths,
             shapes={n: tuple(p.shape) for n, p in model.named_parameters()},
+            growing={n: dimensions for n, dimensions in growing.items() if dimensions},
             readouts=readouts,
             tied=[path for path, w in weights.items() if names[id(w)] != f"{path}.weight"],
             factors=initial_factors(model, base, widths) | _zeros(self.zero, names.values()),

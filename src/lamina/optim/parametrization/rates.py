@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import SGD, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
@@ -15,11 +17,13 @@ from lamina.optim.groups import parameter_groups
 from lamina.optim.kar import Kar2, Kar3
 from lamina.optim.lamb import LAMB
 from lamina.optim.lars import LARS, adapts
-from lamina.optim.parametrization.widths import Width, Widths, read, widths_of
+from lamina.optim.parametrization.widths import MUP_NAME, Width, Widths, read, widths_of
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
 
 SOURCE = "Yang et al., Tensor Programs V (2022), arXiv 2203.03466"
+
+logger = logging.getLogger(__name__)
 
 Rule = Literal["adam", "sgd", "lamb", "lars", "adafactor"]
 """How an optimizer's step depends on the size of the gradient and of the parameter."""
@@ -138,21 +142,26 @@ def checked_widths(model: nn.Module, widths: Widths | Mapping[str, Any] | None) 
     """Return a model's widths, held against its parameters as they are now.
 
     Raises:
-        LaminaError: a parameter has no width, or another shape.
+        LaminaError: a parameter that no rewrite brought has no width, or a dimension of width has changed.
     """
     known = widths_of(model) if widths is None else read(widths)
     for name, parameter in model.named_parameters():
-        if name not in known.parameters:
+        if name not in known.parameters and not rewritten_since(model):
+            raise LaminaError(f"{name} has no width: it was added after MuP had decided. Add it first, then decide")
+        then: tuple[int, ...] = known.shapes.get(name, ())
+        now: tuple[int, ...] = tuple(parameter.shape)
+        if any(d >= len(now) or now[d] != then[d] for d in known.growing.get(name, ())):
             raise LaminaError(
-                f"{name} has no width: a rewrite brought it after MuP had decided. Let MuP come after that pass, with "
-                "a base it was applied to as well, or let the pass run in training (at: 0.1)"
-            )
-        if tuple(parameter.shape) != tuple(known.shapes[name]):
-            raise LaminaError(
-                f"{name} is {tuple(parameter.shape)}, and was {tuple(known.shapes[name])} when MuP decided: a pass "
-                "changed its width, so the rates no longer hold. Change the width first, and let MuP decide after that"
+                f"{name} is {now}, and was {tuple(then)} when MuP decided: a pass changed its width, so the rates no "
+                "longer hold. Change the width first, and let MuP decide after that"
             )
     return known
+
+
+def rewritten_since(model: nn.Module) -> bool:
+    """Say whether a pass came after `MuP`."""
+    records = getattr(model, "lamina_history", ())
+    return bool(records) and records[-1].name != MUP_NAME
 
 
 def _groups(params: list[Any]) -> list[dict[str, Any]]:
@@ -162,13 +171,30 @@ def _groups(params: list[Any]) -> list[dict[str, Any]]:
 def _split(
     model: nn.Module, group: Mapping[str, Any], widths: Widths, rule: Rule, *, decoupled: bool = False
 ) -> list[dict[str, Any]]:
-    """Split a group by the factors its parameters need, the smallest rate first."""
+    """Split a group by the factors its parameters need, the smallest rate first.
+
+    Which groups there are does not depend on what passes have taken away since: a run that is resumed has the same.
+    """
     names = {id(p): n for n, p in model.named_parameters()}
-    parts: dict[tuple[float, float], list[Parameter]] = {}
+    bare = group.get("adapt") is False
+    decided = [
+        rates(width, _own_rule(len(widths.shapes[name]), group, rule))
+        for name, width in widths.parameters.items()
+        if (len(widths.shapes[name]) < 2) == bare
+    ]
+    parts: dict[tuple[float, float], list[Parameter]] = {factors: [] for factors in sorted(decided)}
+    late: list[Parameter] = []
     for parameter in group["params"]:
+        name = names.get(id(parameter))
+        if name is not None and name not in widths.parameters:
+            late.append(parameter)
+            continue
         # A parameter that is not the model's (an objective's) has no width.
-        width = widths.parameters.get(names.get(id(parameter), ""), (1.0, 1.0, "fixed"))
-        parts.setdefault(rates(width, _own_rule(parameter, group, rule)), []).append(parameter)
+        width: Width = (1.0, 1.0, "fixed") if name is None else widths.parameters[name]
+        parts.setdefault(rates(width, _own_rule(parameter.ndim, group, rule)), []).append(parameter)
+    if late:
+        logger.info("mup: %s came after MuP had decided and get the smallest rate", [names[id(p)] for p in late])
+        parts.setdefault(min(parts, default=(1.0, 1.0)), []).extend(late)
     result = []
     for (lr, decay), members in sorted(parts.items(), key=lambda item: item[0][0]):
         scaled = {**group, "params": members, "lr": group["lr"] * lr if lr != 1.0 else group["lr"]}
@@ -178,14 +204,14 @@ def _split(
     return result
 
 
-def _own_rule(parameter: Parameter, group: Mapping[str, Any], rule: Rule) -> Rule:
+def _own_rule(dimensions: int, group: Mapping[str, Any], rule: Rule) -> Rule:
     """Return the rule of one parameter: LAMB leaves some to Adam, LARS to SGD, each by its own flags."""
     if rule == "lamb":
         adapt = group.get("adapt")
         scaled = (group.get("always_adapt", True) or group.get("weight_decay", 0) != 0) if adapt is None else adapt
         return "lamb" if scaled else "adam"
-    if rule == "lars":
-        return "lars" if adapts(parameter, dict(group)) else "sgd"
+    if rule == "lars" and "variant" in group:
+        return "lars" if adapts(torch.empty((1,) * dimensions), dict(group)) else "sgd"
     return rule
 
 

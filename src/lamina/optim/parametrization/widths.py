@@ -36,7 +36,9 @@ class Widths:
     parameters: dict[str, Width]
     """By name: (k_in, k_out, kind)."""
     shapes: dict[str, tuple[int, ...]]
-    """By name, as they were, so that a later change of width is noticed."""
+    """By name, as they were."""
+    growing: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By name: the dimensions of width, a later change of which is noticed."""
     readouts: dict[str, float] = field(default_factory=dict)
     """Path of each read-out: what its input is divided by."""
     tied: list[str] = field(default_factory=list)
@@ -90,8 +92,8 @@ def read(widths: Widths | Mapping[str, Any]) -> Widths:
 
 def compare(
     model: nn.Module, base: nn.Module, delta: nn.Module | None, roles: Mapping[str, Role]
-) -> tuple[dict[str, Width], dict[str, float]]:
-    """Return the width of every parameter, and the read-outs with theirs.
+) -> tuple[dict[str, Width], dict[str, tuple[int, ...]], dict[str, float]]:
+    """Return the width of every parameter, its dimensions that grow, and the read-outs with their width.
 
     Args:
         delta: a second width; a dimension grows if it differs from the base's there. None: if the model's does.
@@ -111,7 +113,7 @@ def compare(
         module, attribute = owners[name]
         _check_groups(name, module, base.get_submodule(name.rpartition(".")[0]))
         widths[name] = _width(name, parameter, module, attribute, ratios, role, inside)
-    return widths, _readouts(model, base, widths)
+    return widths, growing, _readouts(model, base, widths)
 
 
 def _growing(model: nn.Module, base: nn.Module, delta: nn.Module, *, by_model: bool) -> dict[str, tuple[int, ...]]:
@@ -212,14 +214,14 @@ def _fans(module: nn.Module, attribute: str, parameter: Parameter) -> tuple[int 
 
 def _readouts(model: nn.Module, base: nn.Module, widths: Mapping[str, Width]) -> dict[str, float]:
     """Find the layers that lead from the width to a fixed size, and how much wider than the base's their input is."""
-    names, growing = {id(p): n for n, p in model.named_parameters()}, {}
+    names, found = {id(p): n for n, p in model.named_parameters()}, {}
     for path, module in model.named_modules():
         weight, narrow = getattr(module, "weight", None), getattr(base.get_submodule(path), "weight", None)
         if type(module) not in READOUTS or not isinstance(weight, Parameter) or not isinstance(narrow, Parameter):
             continue
         if widths[names[id(weight)]][2] == "vector" and weight.shape[0] == narrow.shape[0]:
-            growing[path] = weight.shape[1] / narrow.shape[1]
-    return growing
+            found[path] = weight.shape[1] / narrow.shape[1]
+    return found
 
 
 def _check_groups(name: str, module: nn.Module, base: nn.Module) -> None:
