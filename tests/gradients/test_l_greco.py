@@ -95,6 +95,13 @@ def test_identical_layers_cost_what_uniform_ones_do():
     assert set(reducer.choose(dict.fromkeys("pqrs", x)).values()) == {4}
 
 
+def test_layers_that_have_one_option_alone_are_within_the_budget_to_the_last_bit():
+    for seed in range(20):
+        reducer = LGreCo(PowerSGD(4, min_compression_rate=1.0), grid=[4])
+        assert set(reducer.choose({n: g / 3 for n, g in layers(gradients(seed)).items()}).values()) == {4}
+        assert reducer.report()["true_error"] == reducer.report()["budget"]
+
+
 def test_a_grid_of_one_s_own_is_capped_by_the_layer():
     reducer = LGreCo(PowerSGD(8, min_compression_rate=1.0), grid=[1, 8, 40])
     chosen = reducer.choose(layers(gradients(0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -174,7 +175,7 @@ class LGreCo:
             errors = {n: e**2 for n, e in errors.items()}
         sizes = {n: [self.base.size(g.shape, o, g.element_size()) for o in options[n]] for n, g in gradients.items()}
         uniform = {n: options[n].index(self._default(g)) for n, g in gradients.items()}
-        budget = self.alpha * float(sum(errors[n][d] for n, d in uniform.items()))
+        budget = self.alpha * math.fsum(errors[n][d] for n, d in uniform.items())
         measured = time.perf_counter()
         # At alpha below 1 the uniform setting is over the budget, and drops out.
         found, true = solve_budget(
