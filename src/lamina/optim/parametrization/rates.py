@@ -148,19 +148,18 @@ def checked_widths(model: nn.Module, widths: Widths | Mapping[str, Any] | None) 
     for name, parameter in model.named_parameters():
         if name not in known.parameters and not rewritten_since(model):
             raise LaminaError(f"{name} has no width: it was added after MuP had decided. Add it first, then decide")
-        then: tuple[int, ...] = known.shapes.get(name, ())
-        now: tuple[int, ...] = tuple(parameter.shape)
+        then, now = list(known.shapes.get(name, ())), list(parameter.shape)
         if any(d >= len(now) or now[d] != then[d] for d in known.growing.get(name, ())):
             raise LaminaError(
-                f"{name} is {now}, and was {tuple(then)} when MuP decided: a pass changed its width, so the rates no "
-                "longer hold. Change the width first, and let MuP decide after that"
+                f"{name} is {tuple(now)}, and was {tuple(then)} when MuP decided: a pass changed its width, so the rates "
+                "no longer hold. Change the width first, and let MuP decide after that"
             )
     return known
 
 
 def rewritten_since(model: nn.Module) -> bool:
     """Say whether a pass came after `MuP`."""
-    records = getattr(model, "lamina_history", ())
+    records = list(getattr(model, "lamina_history", ()))
     return bool(records) and records[-1].name != MUP_NAME
 
 
