@@ -151,8 +151,8 @@ def checked_widths(model: nn.Module, widths: Widths | Mapping[str, Any] | None) 
         then, now = list(known.shapes.get(name, ())), list(parameter.shape)
         if any(d >= len(now) or now[d] != then[d] for d in known.growing.get(name, ())):
             raise LaminaError(
-                f"{name} is {tuple(now)}, and was {tuple(then)} when MuP decided: a pass changed its width, so the rates "
-                "no longer hold. Change the width first, and let MuP decide after that"
+                f"{name} is {tuple(now)}, and was {tuple(then)} when MuP decided: a pass changed its width, so the "
+                "rates no longer hold. Change the width first, and let MuP decide after that"
             )
     return known
 
