@@ -9,6 +9,7 @@ fold        norms into the layers around them, for deployment
 hypercomplex  linear layers and convolutions with 1/n of the weights, and back
 grow        more pairs in parameter attention, with equal outputs
 permute_vocabulary  other numbers for the tokens, and the same answers
+low_precision  blocks that train on float8 and keep their activations in a byte each
 drop        remove attention, feed-forward or whole blocks by similarity
 """
 
@@ -35,6 +36,8 @@ from lamina.rewrite.hypercomplex import FoldHypercomplexDecision as FoldHypercom
 from lamina.rewrite.hypercomplex import Hypercomplex as Hypercomplex
 from lamina.rewrite.hypercomplex import HypercomplexDecision as HypercomplexDecision
 from lamina.rewrite.hypercomplex import HypercomplexLayer as HypercomplexLayer
+from lamina.rewrite.low_precision import LowPrecision as LowPrecision
+from lamina.rewrite.low_precision import LowPrecisionDecision as LowPrecisionDecision
 from lamina.rewrite.permute_vocabulary import PermuteVocabulary as PermuteVocabulary
 from lamina.rewrite.permute_vocabulary import PermuteVocabularyDecision as PermuteVocabularyDecision
 from lamina.rewrite.progressive_norm import ProgressiveNorm as ProgressiveNorm

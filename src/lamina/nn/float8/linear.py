@@ -18,7 +18,7 @@ class Float8Linear(nn.Linear):
     """Linear layer that trains on float8 numbers: its input is kept for the backward pass in one byte a number.
 
     x (..., in_features) -> (..., out_features). In training, input and weight are rounded to `forward`, the incoming
-    gradient to `backward`, with one scale each, found just in time; sums are float32, gradients of the weight of its own
+    gradient to `backward`, with one scale each, found just in time; sums are float32, the weight's gradient of its own
     type. Layers that read the same tensor keep its codes once. In evaluation it is the plain `nn.Linear`.
     Products are computed from the float8 numbers in float32, the reference for hardware that multiplies float8: on any
     device memory is saved, and not time.

@@ -67,7 +67,7 @@ def keeping_float8(module: nn.Module, formats: Formats) -> saved_tensors_hooks:
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Return how many bytes `run()` saves for the backward pass of a model: no memory twice, no parameters, no buffers."""
+    """Return how many bytes `run()` saves for a model's backward pass: no memory twice, no parameters, no buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
