@@ -100,11 +100,11 @@ def test_rounding_errors_of_different_numbers_do_not_go_together():
     # Two chunks share the numbers they were drawn from, but for an offset.
     x = draw(64)
     sums = []
-    for seed in range(200):
+    for seed in range(120):
         error = (rounded(x, 2 * CHUNK // 64, 3, seed) - x).view(2, -1)
         sums.append(torch.stack([error[0, :512].sum(), error[1, :512].sum(), error[0, 512:1024].sum()]))
     correlation = torch.corrcoef(torch.stack(sums).T) - torch.eye(3)
-    assert correlation.abs().max() < 4 / math.sqrt(200)
+    assert correlation.abs().max() < 4 / math.sqrt(120)
 
 
 def test_the_paper_s_bound_holds_with_the_norm_as_scale():
@@ -125,7 +125,7 @@ def test_zeros_and_equal_seeds_give_what_they_must():
 
 
 @pytest.mark.parametrize("n", [1, 7, 63, 4 * SAMPLE + 1, 9 * SAMPLE + 5])
-@pytest.mark.parametrize("density", [0.001, 0.01, 0.5])
+@pytest.mark.parametrize("density", [0.003, 0.5])
 def test_the_largest_entries_are_exactly_those_of_a_full_sort(n, density):
     x = draw(n, seed=n)
     count = max(1, int(n * density))
@@ -137,11 +137,11 @@ def test_the_largest_entries_are_exactly_those_of_a_full_sort(n, density):
 
 
 def test_an_adversarial_order_does_not_mislead_the_sample():
-    # Every sampled place is large, or small: the guess is wrong, the answer is not.
+    # Every place that is sampled is large, or small, or just enough of them are: the guess is wrong, the answer is not.
     n = 8 * SAMPLE
-    for special in (10.0, 0.0):
+    for special, until in ((10.0, n), (0.0, n), (10.0, 8 * 400)):
         x = draw(n).abs() + 1
-        x[::8] = special
+        x[:until:8] = special
         found = largest(x, n // 100)
         assert torch.equal(x[found].sort().values, x.sort().values[-(n // 100) :])
 
@@ -165,10 +165,10 @@ def test_the_error_table_equals_direct_computation(family):
             assert math.isclose(error, np.linalg.norm(x.numpy() - best), rel_tol=1e-5)
         else:
             draws = []
-            for i in range(50):
+            for i in range(20):
                 made = quantize(x.flatten(), option, 16, "max", torch.Generator().manual_seed(i))
                 draws.append((add_dequantized(torch.zeros(1200), *made, option, 16) - x.flatten()).square().sum())
-            assert math.isclose(error, math.sqrt(sum(draws) / 50), rel_tol=0.02)
+            assert math.isclose(error, math.sqrt(sum(draws) / 20), rel_tol=0.03)
     assert all(a >= b for a, b in itertools.pairwise(table)), "more is better"
     for factor in (1e-6, 1e4):
         torch.testing.assert_close(reducer.errors(factor * x, options), factor * table, rtol=1e-3, atol=0)

@@ -176,7 +176,7 @@ def test_killed_and_resumed_equals_never_killed(family):
 
     whole = run(2, work)
     # At, before and after a choice, and in the middle of a window.
-    for stop in (1, 2, 3, 5, 6):
+    for stop in (2, 3, 5):
         for (a, *rest), (b, *again) in zip(whole, run(2, lambda r, s=stop: work(r, s)), strict=True):
             assert rest == again
             for x, y in zip(a, b, strict=True):
@@ -249,7 +249,7 @@ def test_it_stands_in_a_recipe_and_in_a_plain_loop():
         handle = attach(model, LGreCo(TopK(0.1), **SHORT))
         optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
         losses = []
-        for _ in range(30):
+        for _ in range(14):
             x = torch.randn(16, 20, generator=torch.Generator().manual_seed(rank))
             optimizer.zero_grad()
             loss = (model(x) - x).square().mean()
