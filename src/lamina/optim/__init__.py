@@ -4,6 +4,7 @@ lamb, lars  layer-wise adaptive rates for large batches
 schedule    multipliers as functions of the fraction of training
 groups      what is decayed and adapted, and what is not
 kar         steps made of signs: of the gradient and its running means
+float8_states  AdamW with both moments in a byte a number; dynamic_range: how numbers of any range fit into one
 carry       the optimizer follows a rewritten model
 parametrization  muP: what is tuned on a narrow model holds on a wide one
 torch_parts torch's own optimizers under short names
@@ -12,6 +13,8 @@ torch_parts torch's own optimizers under short names
 from lamina.optim import torch_parts as torch_parts
 from lamina.optim.carry import Carried as Carried
 from lamina.optim.carry import carry as carry
+from lamina.optim.dynamic_range import DynamicRangeQuantizer as DynamicRangeQuantizer
+from lamina.optim.float8_states import Float8AdamW as Float8AdamW
 from lamina.optim.groups import parameter_groups as parameter_groups
 from lamina.optim.kar import Kar2 as Kar2
 from lamina.optim.kar import Kar3 as Kar3
