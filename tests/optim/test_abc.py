@@ -43,6 +43,13 @@ def test_no_parametrization_is_stable_and_learns_nothing_or_both() -> None:
     assert min(counts.values()) > 0
 
 
+def test_hidden_layers_that_blow_up_are_not_stable_though_the_output_is() -> None:
+    # n^-1.5 on the read-out hides that the first layer moves by n: r = -1.
+    found = ABC((0.0, 1.5), (0.0, 0.5), -2.0).classify()
+    assert found["r"] == -1.0
+    assert not found["stable"]
+
+
 def trajectory(abc: ABC, width: int, steps: int) -> list[torch.Tensor]:
     """Outputs of a literal perceptron, W = n^-a w, w ~ N(0, n^-2b), under SGD with lr n^-c."""
     generator = torch.Generator().manual_seed(0)

@@ -288,6 +288,18 @@ def sunday() -> nn.Module:
     return Sunday(32)
 
 
+def test_queries_carry_the_scale_of_their_logits_and_nothing_else_does() -> None:
+    torch.manual_seed(0)
+    model = rewrite(decoder(32), MuP({"width": 8}))
+    attention = model.get_submodule("blocks.0.mixer")
+    x = torch.randn(2, 3, 32)
+    # Heads of 16 channels, of 4 in the base.
+    torch.testing.assert_close(attention.query(x), 0.5 * F.linear(x, attention.query.weight))
+    torch.testing.assert_close(attention.key(x), F.linear(x, attention.key.weight))
+    by_heads = rewrite(decoder(32, heads=4), MuP({"width": 16, "heads": 2}))
+    assert widths_of(by_heads).logits == {}
+
+
 def small_decoder() -> nn.Module:
     torch.manual_seed(0)
     return rewrite(Transformer(1, 16, 2, vocabulary=19, context=9), MuP({"width": 8})).eval()
@@ -366,6 +378,11 @@ def test_a_resumed_run_has_the_groups_of_one_never_killed() -> None:
     carried = [(g["lr"], sorted(map(id, g["params"]))) for g in optimizer.param_groups]
     assert [(g["lr"], sorted(map(id, g["params"]))) for g in resumed.param_groups] == carried
     assert len({id(p) for g in resumed.param_groups for p in g["params"]}) == len(list(model.parameters()))
+    # A group that a pass has emptied is still there.
+    thin = in_mup(28, 7)
+    before = len(mup(thin, "adam").param_groups)
+    thin[2] = nn.Identity()  # type: ignore[index]
+    assert len(mup(thin, "adam").param_groups) == before == 3
 
 
 def test_the_global_generator_is_left_alone_and_objectives_parameters_keep_the_rate() -> None:
@@ -422,6 +439,8 @@ def test_what_cannot_scale_is_refused_with_a_sentence() -> None:
     refused("no parameter fits the pattern", network(8), network(4), roles={"key": "input"})
     refused("there are none on the meta device", network(8), network(4).to("meta"))
     refused("does not know how it was built", network(8), {"width": 4})
+    by_hand = nn.Sequential(nn.Linear(7, 8), MuReadout(8, 3))
+    refused("in muP already", by_hand, nn.Sequential(nn.Linear(7, 4), MuReadout(4, 3)))
     refused("heads", nn.Sequential(nn.MultiheadAttention(16, 2)), nn.Sequential(nn.MultiheadAttention(8, 2)))
     with pytest.raises(LaminaError, match="output_mult must be > 0"):
         MuP({"width": 4}, output_mult=0.0)
