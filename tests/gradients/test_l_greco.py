@@ -153,13 +153,16 @@ def test_the_choice_is_made_from_the_first_worker_s_mean_over_the_window_with_er
             g = gradients(50 * rank + step)
             corrected.append({n: reducer.base.corrected(n, x) for n, x in layers(g).items()})
             reducer.reduce(g, None)
+            if step == 4:
+                window = dict(reducer.memory["window"])
         # Chosen at steps 2 and 5, from steps 0, 1 and 3, 4.
-        return reducer.report()["options"], corrected, reducer.memory["window"]
+        return reducer.report()["options"], corrected, window, reducer.memory["window"]
 
-    (options, corrected, left), (others, _, none) = run(2, work)
+    (options, corrected, window, left), (others, _, none, _) = run(2, work)
+    torch.testing.assert_close(window, {n: corrected[3][n] + g for n, g in corrected[4].items()})
     mean = {n: (corrected[3][n] + corrected[4][n]) / 2 for n in corrected[3]}
     assert options == others == LGreCo(TopK(0.05)).choose(mean)
-    assert left == none == {}, "step 5 is in no window"
+    assert left == none == {}, "step 5 is in no window, and the first worker alone keeps one"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
