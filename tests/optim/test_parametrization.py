@@ -433,6 +433,7 @@ def test_what_cannot_scale_is_refused_with_a_sentence() -> None:
     refused("grows in 3 dimensions", nn.Bilinear(8, 8, 8), lambda: nn.Bilinear(4, 4, 4))
     refused("has 8 groups and the base's 4", Router(8, 8), lambda: Router(4, 4))
     refused("cannot see of in_proj|cannot see of weight", nn.Bilinear(8, 3, 2), lambda: nn.Bilinear(4, 3, 2))
+    refused("which of its two dimensions is the input", nn.Conv1d(3, 8, 8), nn.Conv1d(3, 4, 4))
     refused("is the same in base and delta", network(8), network(4), delta=network(4))
     refused("no parameter fits the pattern 'q.weight' of zero", network(8), network(4), zero=["q.weight"])
     refused("roles are hidden, input", network(8), network(4), roles={"0.weight": "inputs"})

@@ -159,7 +159,7 @@ def _width(
         return 1.0, 1.0, "fixed"
     into, out = _fans(module, attribute, parameter)
     if len(ratios) == 2:
-        if into is None and len(set(ratios.values())) > 1:
+        if (into is None and len(set(ratios.values())) > 1) or (into is not None and ratios.keys() != {into, out}):
             raise LaminaError(_unclear(name, parameter, module, "which of its two dimensions is the input"))
         first, second = sorted(ratios) if into is None or out is None else (out, into)
         return ratios[second], ratios[first], "matrix"
