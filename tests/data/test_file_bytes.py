@@ -74,6 +74,14 @@ def test_images_become_files_of_their_very_pixels(encoding):
     assert found.train.batch(torch.tensor([4]))["labels"].tolist() == [1]
 
 
+def test_pixels_with_channels_first_are_turned_before_they_are_encoded():
+    pixels = torch.randint(256, (4, 3, 5, 7), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    whole = data.Images(pixels.numpy(), np.arange(4), channels_last=False)
+    for encoding, expected in (("fchw", pixels), ("fhwc", pixels.movedim(1, -1))):
+        found = file_bytes(Data(whole, None, 2, {}, "images"), encoding, 2).train.batch(torch.arange(4))["inputs"]
+        assert torch.equal(found, expected.flatten(1).long())
+
+
 def test_images_are_augmented_before_they_are_encoded_and_anew_in_every_batch():
     pixels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     given = Data(Columns({"pixel_values": pixels, "labels": torch.arange(6)}), None, 3, {"classes": 6}, "columns")

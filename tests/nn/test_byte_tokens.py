@@ -95,6 +95,10 @@ def test_a_kernel_of_none_gives_a_token_a_byte_and_any_integers_will_do():
     assert torch.equal(tokens, layer.embedding.table.weight[x.long()])
     assert mask.all()
     assert mask.shape == (2, 7)
+    for length in (20, 1500):
+        reduced, x = ByteTokens(5, 4), torch.randint(250, 256, (2, length), dtype=torch.uint8)
+        for a, b in zip(reduced(x), reduced(x.long()), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_layer_put_in_place_of_the_convolution_or_the_table_is_the_one_that_runs():

@@ -45,6 +45,13 @@ def test_it_is_softmax_attention_with_the_table_of_pairs(length, window, shift):
         torch.testing.assert_close(found * kept, expected * kept, rtol=1e-4, atol=1e-5)
 
 
+def test_a_window_of_padding_alone_sees_all_of_it():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 16, 4)
+    seen = torch.arange(16)[None] < 8
+    torch.testing.assert_close(attend_in_windows(q, k, v, 8, 0, seen), attend_in_windows(q, k, v, 8))
+
+
 def test_gradients_are_those_of_finite_differences_and_stay_in_the_window():
     torch.manual_seed(0)
     layer = WindowedAttention(4, heads=2, window=4, shift=2).double()
