@@ -15,7 +15,7 @@ from lamina.gradients.reducer import Group
 from lamina.registry import register
 
 Scale = Literal["max", "l2"]
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 """Elements worked on at a time on a CPU, so that they stay in its cache; part of the format of what is sent."""
 
 INSIDE = 1 - 2.0**-20
@@ -83,7 +83,7 @@ class QSGD(Compressor):
     def compression_errors(self, gradient: Tensor, options: Sequence[Option]) -> Tensor:
         """Return the root of the expected squared error, which rounding's own variance gives in closed form."""
         rows = _rows(gradient.reshape(-1), self.bucket)
-        scales = _scales(rows, self.scale)[:, 0]
+        scales = _scales(rows, self.scale)
         found = []
         for bits in options:
             step = scales / levels(int(bits))
@@ -129,27 +129,26 @@ def quantize(
     """
     s, n, device = levels(bits), flat.numel(), flat.device
     span = _span(bucket, n, device)
-    scales = torch.empty(-(-n // bucket), device=device)
-    codes = torch.empty(bits * -(-n // 8), dtype=torch.uint8, device=device)
     width = min(span, -(-n // (8 * bucket)) * 8 * bucket)
+    value = torch.empty(width, device=device)
+    scales = torch.cat([_scales(_rows(part.float(), bucket), scale, value) for part in flat.split(span)])
+    factors = _inverse(scales / s)[:, None] * (INSIDE * 2.0**16)
     drawn = torch.empty(-(-width // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
     dither = drawn.view(torch.int16)[:width]
     offsets = torch.randint(-(2**15), 2**15, (-(-n // span),), generator=generator, device=device).to(torch.int16)
-    value, whole, small = torch.empty(width, device=device), dither.clone(), dither.new_empty(width, dtype=torch.uint8)
+    whole, small = torch.empty_like(dither), torch.zeros_like(dither, dtype=torch.uint8)
     # Codes are floor(v + s + u), u = (dither + 1/2) / 2^16 + 1/2.
     shift = torch.tensor(s + 0.5 + 2.0**-17, device=device)
+    codes = torch.empty(bits * -(-n // 8), dtype=torch.uint8, device=device)
     for i, (first, last) in enumerate(_chunks(n, span)):
-        rows = _rows(flat[first:last].float(), 8 * bucket).view(-1, bucket)
-        count, eighth = rows.numel(), -(-(last - first) // 8)
-        t, shifted = value[:count], whole[:count]
-        largest = _scales(rows, scale)
-        t.copy_(torch.add(dither[:count], offsets[i], out=shifted))
-        t.view(-1, bucket).addcmul_(rows, _inverse(largest / s) * (INSIDE * 2.0**16))
+        rows, eighth = _rows(flat[first:last].float(), bucket), -(-(last - first) // 8)
+        t, shifted = value[: rows.numel()], whole[: rows.numel()]
+        t.copy_(torch.add(dither[: rows.numel()], offsets[i], out=shifted))
+        t.view(-1, bucket).addcmul_(rows, factors[first // bucket :][: len(rows)])
         # By way of int16, which vector units have.
-        codes_8 = small[:count].copy_(shifted.copy_(torch.add(shift, t, alpha=2.0**-16, out=t)))[: 8 * eighth]
-        packed = pack(codes_8.view(8, eighth), bits)
+        small[: rows.numel()] = shifted.copy_(torch.add(shift, t, alpha=2.0**-16, out=t))
+        packed = pack(small[: 8 * eighth].view(8, eighth), bits)
         codes[bits * first // 8 :][: packed.numel()] = packed.view(-1)
-        scales[first // bucket : -(-last // bucket)] = largest[: -(-(last - first) // bucket), 0]
     return scales, codes
 
 
@@ -218,11 +217,12 @@ def _rows(flat: Tensor, width: int) -> Tensor:
     return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, width)
 
 
-def _scales(rows: Tensor, scale: Scale) -> Tensor:
-    """Return what each row is measured by: (rows, width) -> (rows, 1)."""
-    if scale == "max":
-        return rows.abs().amax(1, keepdim=True)
-    return torch.linalg.vector_norm(rows, 2, dim=1, keepdim=True)
+def _scales(rows: Tensor, scale: Scale, room: Tensor | None = None) -> Tensor:
+    """Return what each row is measured by: (rows, width) -> (rows,); `room` is memory that may be written over."""
+    if scale == "l2":
+        return torch.linalg.vector_norm(rows, 2, dim=1)
+    magnitude = torch.abs(rows) if room is None else torch.abs(rows, out=room[: rows.numel()].view_as(rows))
+    return magnitude.amax(1)
 
 
 def _inverse(step: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from lamina.gradients.compression.compressor import Compressor, Option
 from lamina.gradients.reducer import Group
 from lamina.registry import register
 
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 """Elements looked at at a time on a CPU, so that they stay in its cache."""
 
 SAMPLE = 1 << 15
