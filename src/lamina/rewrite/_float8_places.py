@@ -59,6 +59,9 @@ def find_places(model: nn.Module, skips: Callable[[str], bool], fallback: bool) 
             taken = {*found.norm, *found.stays}
             for path in (p for p in sublayer.parts if not skips(p)):
                 _branch(model, path, sublayer.kind, found, skips, fallback, taken)
+    inside = tuple(f"{path}." for path in found.fallback)
+    found.norm = {path: kind for path, kind in found.norm.items() if not path.startswith(inside)}
+    found.stays = {path: why for path, why in found.stays.items() if not path.startswith(inside)}
     return found
 
 
