@@ -42,6 +42,13 @@ def nearest_e4m3(value: float) -> float:
     return finite[best] if value >= 0 else -finite[best]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_code_is_read_exactly(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    finite = torch.isfinite(codes.float())
+    assert torch.equal(restore(codes, torch.tensor(1.0))[finite], codes.float()[finite])
+
+
 def test_numbers_are_rounded_to_the_nearest_even_code_of_a_bf16_scale() -> None:
     x = torch.cat([draw(200), 1e-3 * draw(200, seed=1), torch.tensor([0.0, 3.0])])
     codes, scale = per_tensor(x, "e4m3")

@@ -14,6 +14,7 @@ from lamina.optim.dynamic_range import (
     Coding,
     DynamicRangeQuantizer,
     QuantizedTensor,
+    decode,
     encode,
     exponents,
     quantize_groups,
@@ -176,6 +177,16 @@ def test_it_acts_as_the_tensor_it_stands_for() -> None:
     assert carried is not None
     assert torch.equal(carried[[0, 2]], q.dequantize()[[5, 0]])
     assert torch.equal(carried[1], torch.zeros(50))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_code_is_read_exactly(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    finite = torch.isfinite(codes.float())
+    assert finite.sum() >= 248
+    found, expected = decode(codes)[finite], codes.float()[finite]
+    assert torch.equal(found, expected)
+    assert torch.equal(found.signbit(), expected.signbit())
 
 
 def test_exponents_are_clamped() -> None:
