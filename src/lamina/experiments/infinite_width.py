@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PARTS = ("optimizer mup",)
+TESTS = ("tests/optim/test_parametrization.py", "tests/optim/test_abc.py", "tests/experiments/test_infinite_width.py")
 WIDTHS, BASE, EPOCHS, BATCH, STARTS = (32, 128, 512), 32, 3, 64, 2
 EXPONENTS = tuple(range(-12, -2))
 """Learning rates tried, as powers of 2."""
