@@ -35,7 +35,7 @@ What was found: (a) at no larger true error PowerSGD of rank 4 sends 1.58 times 
 SVDs. (b) after 160 steps, which is early (uncompressed: 94 % right), L-GreCo and the uniform knob are equally right
 (PowerSGD 90 %, TopK 78 %, seeds several points apart) at 1.2 and 1.8 times fewer bytes; training losses are a little
 higher. Small layers leave less to choose than a transformer does. (c) uncompressed steps over the slow link take what
-bytes / rate predicts to 1 %; compressed ones are mostly work, whose own spread on a busy machine hides the rest.
+bytes / rate predicts (within 5 %); compressed ones are mostly work, whose own spread on a busy machine hides the rest.
 
 Limits: the error that is bounded is that of one mean gradient of the first worker, not of training. An all-gather
 (`topk`, `qsgd`) grows with the number of workers, an all-reduce (`powersgd`) does not: `report()` has what crosses a
