@@ -60,7 +60,9 @@ class Float8Linear(nn.Linear):
         """Apply the layer."""
         if not self.training or not input.numel():
             return super().forward(input)
-        codes, scale = per_tensor_once(input, self.formats.forward)
+        # Codes that are made once live as long as their tensor: beside an input that is kept they would be kept too.
+        rounded = per_tensor(input.detach(), self.formats.forward) if self.keep_input else None
+        codes, scale = rounded or per_tensor_once(input, self.formats.forward)
         return float8_linear(input, codes, scale, self.weight, self.bias, self.formats, self.keep_input)
 
     def extra_repr(self) -> str:
