@@ -183,6 +183,12 @@ def test_gradients_whose_squares_overflow_or_vanish_in_float32(size):
     torch.testing.assert_close(FlagAggregator(scale="unit").aggregate(huge), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_too_small_for_float32_are_applied_in_float64():
+    rows = torch.full((2, 3), 1e38)
+    weights = torch.tensor([1e-43, 2e-43], dtype=torch.float64)
+    torch.testing.assert_close(blockwise.weighted_sum(rows, weights), torch.full((3,), 3e-5), rtol=1e-6, atol=0)
+
+
 def test_the_gram_matrix_is_taken_block_by_block_in_float64():
     g = gradients(5, 1000, dtype=torch.float32)
     whole = g.double() @ g.double().T

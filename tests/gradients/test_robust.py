@@ -121,6 +121,8 @@ def test_hand_cases():
     assert TrimmedMean(1).aggregate(values).item() == 3
     assert MeaMed(1).aggregate(values).item() == 2.5
     assert Phocas(1).aggregate(values).item() == 2.5
+    # 0 and 2 are as near to the median: the lower counts.
+    assert MeaMed(1).aggregate(numbers(2.0, 0.0, 1.0)).item() == 0.5
     # 2 and 3 are as near to their two nearest: the lower rank is picked.
     assert Krum(1).aggregate(values).item() == 2
     assert Krum(1).aggregate(values.flip(0)).item() == 3
@@ -319,7 +321,7 @@ def _train(rank, world, file, queue):
             with torch.no_grad():
                 for p in model.parameters():
                     p -= 0.1 * p.grad
-        results.append((float((model.weight.T - true).abs().max()), [p.tolist() for p in model.parameters()]))
+        results.append((float((model.weight.detach().T - true).abs().max()), [p.tolist() for p in model.parameters()]))
     queue.put(results)
     dist.barrier()
     dist.destroy_process_group()
@@ -333,10 +335,11 @@ def _die(rank, world, file, queue):
     rule.reduce(gradients, None)
     if rank == 2:
         exchange.Exchange.slices = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.monotonic()
     try:
         rule.reduce(gradients, None)
     except LaminaError as error:
-        queue.put(str(error))
+        queue.put((str(error), time.monotonic() - begun))
 
 
 def spawn(work, world, file):
@@ -373,12 +376,11 @@ def test_four_workers_learn_although_one_sends_garbage(tmp_path):
 @pytest.mark.slow
 def test_a_worker_killed_in_the_middle_of_a_step_is_named_and_nobody_hangs(tmp_path):
     queue, workers = spawn(_die, 4, tmp_path / "store")
-    begun = time.monotonic()
     try:
-        told = [queue.get(timeout=60) for _ in range(3)]
+        told = [queue.get(timeout=120) for _ in range(3)]
     finally:
         end(workers)
-    assert time.monotonic() - begun < 60
-    for sentence in told:
+    for sentence, seconds in told:
+        assert seconds < 20, "it waited for the group's timeout"
         assert sentence.startswith("worker 2 ended, or did not answer")
         assert "nothing was combined: start again from the last checkpoint" in sentence

@@ -31,7 +31,7 @@ class FlagAggregator(RobustRule):
     that follow from it (both 0 where left out; with `per_layer` a row a parameter).
 
     Args:
-        rank: dimension m of the subspace, 1 .. workers; None = ceil((p + 1) / 2).
+        rank: dimension m of the subspace, 1 .. workers (where fewer are left, p); None = ceil((p + 1) / 2).
         iters: steps at most, >= 1; the official trainer takes 1 (plain PCA), the paper's text iterates.
         lam: weight of the differences between workers, >= 0.
         a: exponent of the objective, >= 1.
