@@ -103,7 +103,7 @@ def under_ddp() -> list[Row]:
         for worker in workers:
             worker.start()
         try:
-            found: list[Row] = queue.get(timeout=900)
+            found: list[Row] = queue.get(timeout=400)
         finally:
             for worker in workers:
                 worker.join(30)
