@@ -240,9 +240,8 @@ def test_workers_exchange_slices_and_get_what_one_would_compute(per_layer):
             for reduced, *_ in results:
                 assert torch.equal(reduced[name], results[0][0][name])
                 assert reduced[name].dtype == sent[0][name].dtype
-                torch.testing.assert_close(
-                    reduced[name].double().flatten(), part, rtol=1e-2 if name[0] == "2" else 1e-5, atol=1e-2
-                )
+                rounding = {"rtol": 8e-3, "atol": 1e-3} if name[0] == "2" else {"rtol": 1e-5, "atol": 1e-6}
+                torch.testing.assert_close(reduced[name].double().flatten(), part, **rounding)
     assert all(failed == (3,) for _, failed, *_ in results)
     assert results[0][2].shape == ((4, 5) if per_layer else (5,))
     layers = 4 if per_layer else 1
