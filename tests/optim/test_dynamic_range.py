@@ -131,6 +131,8 @@ def test_padding_and_zeros_do_not_count_for_the_smallest() -> None:
     x = spread(10.0, 100)
     alone = encode(x, Coding())
     with_zeros = encode(torch.cat([x, torch.zeros(28)]), Coding())
+    assert alone.exponent is not None
+    assert alone.exponent.item() == by_hand(x)[2]
     assert alone.exponent == with_zeros.exponent
     assert torch.equal(alone.codes.view(torch.uint8), with_zeros.codes.view(torch.uint8)[:100])
 
