@@ -219,7 +219,8 @@ def uneven():
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_workers_exchange_slices_and_get_what_one_would_compute(per_layer):
     world = 5
-    sent = [{n: torch.randn(p.shape).to(p.dtype) for n, p in uneven().named_parameters()} for _ in range(world)]
+    model = uneven()
+    sent = [{n: torch.randn(p.shape).to(p.dtype) for n, p in model.named_parameters()} for _ in range(world)]
     sent[3]["0.bias"][1] = math.nan
 
     def work(rank):
