@@ -269,8 +269,8 @@ class DynamicRangeQuantizer:
     """Quantise tensors to float8 with an exponent a group, so that none of its numbers is lost below the smallest code.
 
     For numbers of which small ones matter as much as large ones: an optimizer's second moment, of which the root is
-    divided by. 1 byte a number, and 12 bytes a group. The relative error is at most 2^-4 / exponent (E4M3): a group
-    that spans little gets a large exponent.
+    divided by. 1 byte a number, and 12 bytes a group. The relative error is about 2^-4 / exponent at most (E4M3): a
+    group that spans little gets a large exponent.
 
     Args:
         format: `e4m3` or `e5m2`.
@@ -284,7 +284,7 @@ class DynamicRangeQuantizer:
     Example:
         >>> found = DynamicRangeQuantizer().quantize(torch.tensor([1e-6, -2e-3, 0.0, 1.0]))
         >>> found.dequantize()
-        tensor([ 1.0039e-06, -1.9629e-03,  0.0000e+00,  1.0000e+00])
+        tensor([ 9.7640e-07, -1.8950e-03,  0.0000e+00,  1.0000e+00])
     """
 
     def __init__(
