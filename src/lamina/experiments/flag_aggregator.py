@@ -54,12 +54,17 @@ reversed and long gradients every robust rule ties: only the attacks that hide t
 the official trainer has it) is not worse than five. Multi-Krum, which was slightly ahead in an earlier single-seed run,
 is not here: .843 against .923.
 
+In four real processes of which one attacks (recipe `robust`, a small ResNet on digits, one run each, accuracy): reversed
+gradients .950 (median .978, the mean diverges); uniform ones .799, and .883 with `rank: 2` (the mean: a loss of 303).
+Time at 15 workers and 25M parameters: 1.07 of Multi-Krum's (`benchmarks/flag_aggregator.py`).
+
 Limits: fewer than half of the workers may be faulty. Colluding ones that send the same vector occupy part of the
-subspace: with m = ceil((p + 1) / 2) any subspace method keeps some of them. Honest workers with data of their own kind
-are outliers, too, and count less. `scale="raw"`, the paper's text, is not robust: a huge gradient inside the subspace
-passes. Workers compute the combined slices honestly: one that corrupts its slice is not guarded against. Running
-statistics of batch norm are not combined. It needs whole gradients (DDP, not FSDP2), after backward. Where several
-directions are explained equally well at the edge of the subspace, rounding decides between them.
+subspace: with m = ceil((p + 1) / 2) any subspace method keeps some of them, and the more, the fewer workers there are
+(of 4 directions it keeps 3: give a smaller `rank`). Honest workers with data of their own kind are outliers, too, and
+count less. `scale="raw"`, the paper's text, is not robust: a huge gradient inside the subspace passes. Workers compute
+the combined slices honestly: one that corrupts its slice is not guarded against. Running statistics of batch norm are
+not combined. It needs whole gradients (DDP, not FSDP2), after backward. Where several directions are explained equally
+well at the edge of the subspace, rounding decides between them.
 
 Composes with: any optimizer and schedule (LAMB), passes in mid-training and distillation, DDP and plain loops, mixed
 dtypes, bf16, fp16 with a loss scaler (`nonfinite: pass_on`), resuming. With no compressor: `l_greco` refuses it as its
