@@ -93,7 +93,7 @@ def _assembled(codes: Tensor, others: list[Tensor | None], parameter: Tensor, co
     if isinstance(codes, DTensor):
         whole = _own_view(codes).full_tensor().view(coding.dtype)
     wide = torch.cat([
-        QuantizedTensor(
+        QuantizedTensor(  # type: ignore[call-arg]
             part.contiguous(),
             *(None if t is None else t[i, : -(-part.numel() // coding.group_size)] for t in tables),  # type: ignore[arg-type]
             coding,

@@ -169,7 +169,7 @@ class QuantizedTensor(Tensor):
         cls, codes: Tensor, scale: Tensor, exponent: Tensor | None, center: Tensor | None, coding: Coding
     ) -> QuantizedTensor:
         """Make the tensor that the codes stand for; nothing is copied."""
-        made: QuantizedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: QuantizedTensor = Tensor._make_wrapper_subclass(
             cls, codes.shape, strides=codes.stride(), dtype=torch.float32, device=codes.device
         )
         return made
@@ -196,7 +196,7 @@ class QuantizedTensor(Tensor):
         for own, new in zip(others, groups[1:], strict=True):
             own.copy_(new.view(-1))
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """Return the float32 numbers."""
         return dequantize_groups(*self.groups()).view(-1)[: self.numel()].view(self.shape)
 
@@ -204,7 +204,7 @@ class QuantizedTensor(Tensor):
         """Return how many bytes it takes."""
         return sum(part.nbytes for part in self.parts().values())
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         """Say what it is; the numbers are `dequantize()`."""
         return f"QuantizedTensor(shape={tuple(self.shape)}, {self.coding})"
 
@@ -219,10 +219,10 @@ class QuantizedTensor(Tensor):
     ) -> QuantizedTensor:
         """For torch: make it again."""
         others = (inner.get(n) for n in ("exponent", "center"))
-        return QuantizedTensor(inner["codes"], inner["scale"], *others, *rest)
+        return QuantizedTensor(inner["codes"], inner["scale"], *others, *rest)  # type: ignore[call-arg, arg-type]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Copies and moves keep the codes; every other operation sees float32 numbers."""
         kwargs, first = kwargs or {}, args[0] if args else None
         if isinstance(first, QuantizedTensor):

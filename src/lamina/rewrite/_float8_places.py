@@ -115,21 +115,21 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     if type(module) is nn.LayerNorm or type(module) is nn.RMSNorm:
         # Only over the last dimension.
         named: dict[type, NormKind] = {nn.LayerNorm: "layer_norm", nn.RMSNorm: "rms_norm"}
-        return named[type(module)] if len(module.normalized_shape) == 1 else None  # type: ignore[arg-type]
+        return named[type(module)] if len(module.normalized_shape) == 1 else None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     own = list(module.parameters())
     vectors = isinstance(weight, Tensor) and all(p.dim() == 1 and p is not None for p in own)
     if not vectors or len(own) > 2 or norm_eps(module) is None or any(p.is_meta for p in own):
         return None
-    width, eps = len(weight), norm_eps(module)
+    width, eps = len(weight), norm_eps(module)  # type: ignore[arg-type]
     x = torch.randn(2, width + 1, width, generator=torch.Generator().manual_seed(0)).to(weight)
     y = _run(module, x)
     if y is None:
         return None
-    if bias is None and _close(y, F.rms_norm(x.float(), (width,), weight.float(), eps)):
+    if bias is None and _close(y, F.rms_norm(x.float(), (width,), weight.float(), eps)):  # type: ignore[union-attr]
         return "rms_norm"
     shift = None if bias is None else bias.float()
-    return "layer_norm" if _close(y, F.layer_norm(x.float(), (width,), weight.float(), shift, eps or 0.0)) else None
+    return "layer_norm" if _close(y, F.layer_norm(x.float(), (width,), weight.float(), shift, eps or 0.0)) else None  # type: ignore[union-attr]
 
 
 def norm_eps(module: nn.Module) -> float | None:
@@ -147,7 +147,7 @@ def activation_of(module: nn.Module) -> Function | None:
     if isinstance(module, (nn.Dropout, nn.Identity)) or any(True for _ in (*module.children(), *module.parameters())):
         return None
     y = _run(module, _PROBE)
-    return None if y is None else next((f for f in FUNCTIONS if _close(y, activate(_PROBE, f), 1e-6)), None)  # type: ignore[arg-type]
+    return None if y is None else next((f for f in FUNCTIONS if _close(y, activate(_PROBE, f), 1e-6)), None)  # type: ignore[arg-type, misc]
 
 
 @torch.no_grad()
