@@ -54,8 +54,9 @@ reversed and long gradients every robust rule ties: only the attacks that hide t
 the official trainer has it) is not worse than five. Multi-Krum, which was slightly ahead in an earlier single-seed run,
 is not here: .843 against .923.
 
-In four real processes of which one attacks (recipe `robust`, a small ResNet on digits, one run each, accuracy): reversed
-gradients .950 (median .978, the mean diverges); uniform ones .799, and .883 with `rank: 2` (the mean: a loss of 303).
+In four real processes of which one attacks (recipe `robust`, a small ResNet on digits, one run each, accuracy):
+reversed gradients .950 (median .978, the mean diverges); uniform ones .799, and .883 with `rank: 2` (the mean: a loss
+of 303).
 Time at 15 workers and 25M parameters: 1.07 of Multi-Krum's (`benchmarks/flag_aggregator.py`).
 
 Limits: fewer than half of the workers may be faulty. Colluding ones that send the same vector occupy part of the
