@@ -222,6 +222,14 @@ def test_an_unknown_module_keeps_what_it_saves_in_float8() -> None:
     assert torch.equal(x.grad, exact)  # type: ignore[arg-type]
 
 
+def test_weights_that_are_saved_are_not_rounded() -> None:
+    plain, x = nn.Conv1d(16, 24, 3), draw(2, 16, 32).requires_grad_()
+    grads = []
+    for model in (plain, save_in_float8(plain, Formats())):
+        grads.append(torch.autograd.grad(model(x).sum(), x)[0])  # of the weight alone
+    assert torch.equal(*grads)
+
+
 def test_under_autocast_outputs_are_bf16_and_gradients_float32() -> None:
     layer, x = Float8Linear(8, 4), draw(3, 8)
     with torch.autocast("cpu", torch.bfloat16):
