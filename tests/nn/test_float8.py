@@ -224,9 +224,9 @@ def test_an_unknown_module_keeps_what_it_saves_in_float8() -> None:
 
 def test_weights_that_are_saved_are_not_rounded() -> None:
     plain, x = nn.Conv1d(16, 24, 3), draw(2, 16, 32).requires_grad_()
-    grads = []
-    for model in (plain, save_in_float8(plain, Formats())):
-        grads.append(torch.autograd.grad(model(x).sum(), x)[0])  # of the weight alone
+    # The gradient of a sum depends on the weight alone.
+    models = (plain, save_in_float8(plain, Formats()))
+    grads = [torch.autograd.grad(model(x).sum(), x)[0] for model in models]
     assert torch.equal(*grads)
 
 
