@@ -24,20 +24,21 @@ from each place of the kernel is multiplied out once a batch, and looked up. A p
 the table's rows, and nothing else: `permute_vocabulary` moves a trained model to obfuscated inputs, exactly.
 
 What is measured: MNIST, 5,000 images to train on, 1,000 of the test set; width 48, 4 blocks, 3 heads, k = 8, windows of
-32, merging after two blocks; 1 epoch, batch 16, AdamW 2e-3 with cosine, smoothing 0.1, every arm alike. Ours is TIFF
+32, merging after two blocks; 6 epochs, batch 32, AdamW 2e-3 with cosine, smoothing 0.1, every arm alike. Ours is TIFF
 files (906 bytes: a header, tags, the pixels), the baseline the pixels alone (784 bytes). `sound`: eight chords of two
 to four tones with random phases and loudness in noise, 0.1 s at 8 kHz, as 16-bit WAV files, 5,000 to train on. Beside
 it, on the first seed: uncompressed PNG, a camera that records a quarter of the pixels, bytes in a new random order at
-every look (the control: near chance), logistic regression on pixels. That the re-keyed model answers obfuscated files
+every look (the control), logistic regression on pixels. That the re-keyed model answers obfuscated files
 as the plain one does plain files, all of them, is checked in the run.
 
-What was found: with this budget, one epoch of 312 steps, cut to what a busy machine had time for, nothing has learned
-to its end: TIFF 61 % (46 to 68 by run), pixels alone 45 % (10 to 65: one run had not left chance), PNG 32 % and the
-camera 10 % on the first seed, where logistic regression on pixels has 89 %; sounds 81 % (62 to 95). The bytes of header
-and tags do no harm that could be seen beside that, the control is at chance (10 %), and re-keyed models agree on all
-files; hence `direction only`. The bar stands as it was written before the first run; a longer budget is the first thing
-to change: the recipe `byteformer`, 450 steps of 32 on scikit-learn's digits as TIFF files, tells 96.9 % of those held
-out.
+What was found: TIFF files 89.7 % (86.0 to 92.1 by run), their pixels alone 88.8 % (87.2 to 90.7), sounds 97.2 % (94.0
+to 100): the bytes of header and tags do no harm, and TIFF is 0.9 points ahead in the mean, but one run of three has it
+2.5 behind, where 2 were allowed: `direction only`. On the first seed PNG has 87.0 %, the camera 82.8 % with a quarter
+of the pixels, logistic regression on all pixels 88.6 %. The control is not at chance but at 31 %: how often each grey
+occurs tells something about a digit. Re-keyed models agree on all files. The budget was set twice: a first run with one
+epoch of batches of 16, on a machine that others used, had learned next to nothing (TIFF 61, pixels 45 %, one run at
+chance); two longer ones were begun and stopped unfinished; this is the last, with more steps in all arms alike. The bar
+is the one written before the first.
 
 Limits: compressed formats cost accuracy (JPEG: 62 to 68 % against 77 % of TIFF on ImageNet), for neighbours in the file
 are none in the picture. Obfuscation is no cryptography: a fixed table is a substitution cipher, and a masked camera
@@ -59,7 +60,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ PARTS = (
     "data file_bytes",
     "pass permute_vocabulary",
 )
-EPOCHS, BATCH, RATE, LOWEST, WARMUP = 1, 16, 2e-3, 2e-5, 0.1
+EPOCHS, BATCH, RATE, LOWEST, WARMUP = 6, 32, 2e-3, 2e-5, 0.1
 TRAIN, TEST, SIDE = 5000, 1000, 28
 WAVES, TEST_WAVES, LENGTH, HERTZ, CHORDS = 5000, 500, 800, 8000, 8
 SIZES: dict[str, Any] = {"width": 48, "heads": 3, "depth": 4, "kernel": 8, "window": 32, "merge_after": (0, 1)}
@@ -253,23 +253,23 @@ def picture(seed: int, device: torch.device) -> Figure:
     from matplotlib.figure import Figure
 
     model, (x, y) = train_side_by_side(arms_of(seed), seed, device)["tiff"], test_files("tiff", seed)
+    bare, _ = test_files("fhwc", seed)
     shown = [int((y == label).nonzero()[0]) for label in (0, 2, 4, 7)]
     drawing = Figure(figsize=(8.4, 4.6), layout="constrained")
-    axes: Any = drawing.subplots(2, len(shown), height_ratios=(1, 1))
+    axes: Any = drawing.subplots(2, len(shown))
     for column, row in enumerate(shown):
-        content = x[row]
-        pixels = np.frombuffer(bytes(content.tolist())[8 : 8 + SIDE * SIDE], np.uint8).reshape(SIDE, SIDE)
-        drop = what_bytes_do(model, content.to(device), int(y[row])).cpu()
+        drop = what_bytes_do(model, x[row].to(device), int(y[row])).cpu()
+        # Where the pixels begin: Pillow puts the header and the tags before them.
+        start = int((x[row].unfold(0, SIDE * SIDE, 1) == bare[row]).all(1).nonzero()[0])
+        before, behind = -start % SIDE, -(len(drop) - start) % SIDE
+        lines, limit = F.pad(drop, (before, behind)).view(-1, SIDE), float(drop.abs().max())
         top, bottom = axes[0, column], axes[1, column]
-        top.imshow(pixels, cmap="gray")
+        top.imshow(bare[row].view(SIDE, SIDE).numpy(), cmap="gray")
         top.set_title(f"a {int(y[row])}, decoded")
-        lines = F.pad(drop, (SIDE - 8, -(len(drop) + SIDE - 8) % SIDE)).view(-1, SIDE)
-        limit = float(drop.abs().max())
         bottom.imshow(lines.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        for edge in (0.5, SIDE + 0.5):
-            bottom.axhline(edge, color="black", linewidth=0.6)
-        bottom.set_title("header\n", fontsize=7, loc="left", pad=-6)
-        bottom.set_xlabel("tags", fontsize=7)
+        bottom.axhline((start + before) // SIDE - 0.5, color="black", linewidth=0.6)
+        bottom.set_title("header and tags", fontsize=7, loc="left", pad=3)
+        bottom.set_xlabel("pixels", fontsize=7)
         for axis in (top, bottom):
             axis.set_xticks([])
             axis.set_yticks([])
