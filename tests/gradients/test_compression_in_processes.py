@@ -177,6 +177,7 @@ def _work(rank, folder, queue):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     context = mp.get_context("spawn")
     queue = context.Queue()
