@@ -138,6 +138,9 @@ def main() -> None:
     what = "forward, 32 pixels, batch 4"
     rows.append(pair(what, forward(compiled, x), forward(model, x), names=alone, goal="< 1.0", rounds=11))
     write("hyperzzw", rows)
+    what = "forward and backward, 32 pixels, batch 4"
+    rows.append(pair(what, training(compiled, x), training(model, x), names=alone, goal="< 1.0", rounds=5, warmup=1))
+    write("hyperzzw", rows)
 
 
 if __name__ == "__main__":
