@@ -107,3 +107,12 @@ def test_bad_input_is_met_with_a_sentence() -> None:
         shifted_crop(images(1, 1, 4, 4), -1)
     with pytest.raises(ShapeError, match=r"floating-point \(B, C, \.\.\.\) with sides, got torch.float32 \(3, 4\)"):
         shifted_crop(images(3, 4))
+
+
+def test_a_row_has_the_same_views_in_any_batch_and_others_in_the_next_epoch() -> None:
+    rows = Columns({"pixel_values": torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))})
+    views = augmented_views(Data(rows, None, 2, {}, "images")).train
+    whole = views.batch(torch.arange(6))["pixel_values"]
+    torch.testing.assert_close(views.batch(torch.tensor([4, 1]))["pixel_values"], whole[[4, 1]], rtol=0, atol=0)
+    views.set_epoch(1)
+    assert not torch.equal(views.batch(torch.arange(6))["pixel_values"], whole)

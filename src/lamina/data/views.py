@@ -30,8 +30,8 @@ def augmented_views(
     """Another data set, each image or volume of a batch seen in several ways; evaluation too, where views are several.
 
     The entry becomes (B, count, C, ...), for models that take views (`each_view` lets any encoder). What is drawn
-    depends on the seed and the rows of the batch: resuming gives the very same views, every evaluation compares the
-    same ones.
+    depends on the seed, the epoch and the row: resuming, or another number of processes, gives the very same views, and
+    every evaluation compares the same ones.
 
     Args:
         data: with images (B, C, H, W) or volumes (B, C, D, H, W), or its recipe node.
@@ -64,19 +64,28 @@ class Views:
     def __init__(self, examples: Examples, count: int, augment: Sequence[str], entry: str, seed: int) -> None:
         check_views(count, augment)
         self.examples, self.count, self.augment, self.entry, self.seed = examples, count, tuple(augment), entry, seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew from here on; a loader says it."""
+        self.epoch = epoch
+        if (tell := getattr(self.examples, "set_epoch", None)) is not None:
+            tell(epoch)
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """Return the rows, the entry in `count` views."""
         found = self.examples.batch(indices)
         if self.entry not in found:
             raise LaminaError(f"augmented_views finds no {self.entry!r} in the batch, which has {sorted(found)}")
-        rows = indices.numpy().astype("<i8").tobytes()
-        digest = hashlib.blake2b(f"{self.seed}:".encode() + rows, digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        return {**found, self.entry: views_of(found[self.entry], self.count, self.augment, generator)}
+        seen = []
+        for row, x in zip(indices.tolist(), found[self.entry].split(1), strict=True):
+            digest = hashlib.blake2b(f"{self.seed}:{self.epoch}:{row}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+            seen.append(views_of(x, self.count, self.augment, generator))
+        return {**found, self.entry: torch.cat(seen)}
 
 
 def views_of(
