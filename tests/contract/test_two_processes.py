@@ -7,11 +7,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tests.contract.collect import label, make, of
 from tests.contract.foreign import ours
 from tests.contract.test_modules import MODULES, loss_of, trained
 from tests.contract.test_training_parts import optimize, rows, small
+from tests.processes import in_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -145,27 +145,13 @@ def everywhere(tensor):
     return torch.equal(*both)
 
 
-def _work(rank, file, queue):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _work(rank):
     checked = [c for kind in (modules, reducers, optimizers, objectives, passes) for c in kind(rank)]
-    queue.put(([name for name, _ in checked], [name for name, right in checked if not right]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return [name for name, _ in checked], [name for name, right in checked if not right]
 
 
 @pytest.mark.distributed
 def test_two_processes_agree_with_one(tmp_path):
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_work, args=(r, tmp_path / "store", queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    try:
-        results = [queue.get(timeout=240) for _ in workers]
-    finally:
-        for worker in workers:
-            worker.join(20)
-            if worker.is_alive():
-                worker.kill()
+    results = in_processes(_work, 2, tmp_path, seconds=240)
     assert [wrong for _, wrong in results] == [[], []]
     assert {label(e) for e in of("reducer", "optimizer", "objective", "pass")} <= set(results[0][0])

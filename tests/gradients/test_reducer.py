@@ -3,11 +3,10 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contract.example import Example
+from tests.processes import in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,9 +65,8 @@ def test_the_byte_counter_is_saved():
     assert other.bytes_sent() == 12
 
 
-def _work(rank, world, file, queue):
+def _work(rank, world):
     warnings.simplefilter("error")
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     inputs = torch.randn(world, 6, 4)
@@ -97,19 +95,9 @@ def _work(rank, world, file, queue):
         sent = {"mean": 4 * count, "median": 24 + 4 * 4 * -(-count // 3)}[name]
         if reducer.bytes_sent() != 2 * sent:
             wrong.append((name, "bytes", reducer.bytes_sent(), 2 * sent))
-    queue.put(wrong)
-    dist.barrier()
-    dist.destroy_process_group()
+    return wrong
 
 
 @pytest.mark.distributed
 def test_three_workers_get_the_mean_and_the_median_under_ddp_and_in_a_plain_loop(tmp_path):
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_work, args=(r, 3, tmp_path / "store", queue)) for r in range(3)]
-    for worker in workers:
-        worker.start()
-    results = [queue.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join(30)
-    assert results == [[], [], []]
+    assert in_processes(_work, 3, tmp_path, 3) == [[], [], []]

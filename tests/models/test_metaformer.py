@@ -382,8 +382,8 @@ def test_the_smallest_image_is_the_smallest() -> None:
 
 
 def test_any_size_runs_in_one_compiled_graph() -> None:
-    model = make()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    model = make(depths=(1, 1))
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for size in ((16, 16), (24, 40), (33, 17)):
             torch.testing.assert_close(compiled(images(2, 3, *size)), model(images(2, 3, *size)))

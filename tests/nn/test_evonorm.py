@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contract.example import Example
+from tests.processes import in_processes
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
@@ -353,8 +353,7 @@ def test_it_is_timms_layer_where_timm_is_installed(variant: Any) -> None:
         torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x), rtol=1e-5, atol=1e-5)
 
 
-def _part_of_the_batch(rank: int, file: str, queue: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _part_of_the_batch(rank: int) -> list[bool]:
     whole = trained(5, "b0").double()
     layer = trained(5, "b0", sync=True, unbiased_running_var=True).double()
     x, direction = 3 + drawn(5, 5, 3, 3).double(), drawn(5, 5, 3, 3, seed=1).double()
@@ -366,28 +365,14 @@ def _part_of_the_batch(rank: int, file: str, queue: Any) -> None:
     y.backward(direction[own])
     dist.all_reduce(layer.v1.grad)
     unbiased = trained(5, "b0").running_var * 0.9 + 0.1 * x.transpose(0, 1).reshape(5, -1).var(1)
-    same = [
+    return [
         torch.allclose(y, whole(x)[own]),
         torch.allclose(found.grad, expected.grad[own]),
         torch.allclose(layer.v1.grad, whole.v1.grad),
         torch.allclose(layer.running_var.float(), unbiased.float(), rtol=1e-5),
     ]
-    queue.put(same)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 def test_synchronised_batches_of_unequal_size_are_one_batch(tmp_path: Any) -> None:
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_part_of_the_batch, args=(r, str(tmp_path / "store"), queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    try:
-        assert [queue.get(timeout=120) for _ in workers] == [[True] * 4] * 2
-    finally:
-        for worker in workers:
-            worker.join(20)
-            if worker.is_alive():
-                worker.kill()
+    assert in_processes(_part_of_the_batch, 2, tmp_path) == [[True] * 4] * 2

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tests.contract.example import Example
+from tests.processes import in_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -308,14 +306,11 @@ def test_what_cannot_be_is_refused_in_a_sentence() -> None:
             SFNEBlock(**{"width": 4, "bottleneck": 3, "size": 4} | wrong)
 
 
-def _half(rank: int, file: str, queue: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _half(rank: int) -> list[Any]:
     block, x = seeded(SFNEBlock, 2, 2, 4, groups=2, local_kernels=(3, 5, 3, 3), sync=True), maps(6, 2, 4, 4)
     wrapped = DistributedDataParallel(block)
     wrapped(x[3 * rank : 3 * rank + 3]).square().mean().backward()
-    queue.put((rank, [p.grad.tolist() for p in block.parameters() if p.grad is not None]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return [p.grad for p in block.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("track_stats", [False, True])
@@ -336,46 +331,28 @@ def test_in_evaluation_nothing_waits_for_other_processes(track_stats: bool, monk
         GroupInstanceBatchNorm(4, 1, sync=True)(maps(1, 4, 1, 1))
 
 
-def _unequally(rank: int, file: str, queue: Any) -> None:
-    patience = timedelta(seconds=20)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=patience)
+def _unequally(rank: int) -> list[Any]:
     block = seeded(HyperZZWLocal, 4, 3, 8, 2, sync=True).eval()
-    queue.put((rank, [block(maps(2, 4, 5, 6, seed=i)).tolist() for i in range(1 + 2 * rank)]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return [block(maps(2, 4, 5, 6, seed=i)).detach() for i in range(1 + 2 * rank)]
 
 
 @pytest.mark.slow  # Two processes; the test before says the same of one.
 @pytest.mark.distributed
 def test_processes_may_evaluate_unequally_many_batches(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_unequally, args=(r, tmp_path / "store", queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    found = dict(queue.get(timeout=60) for _ in workers)
-    for worker in workers:
-        worker.join(20)
+    found = in_processes(_unequally, 2, tmp_path)
     alone = seeded(HyperZZWLocal, 4, 3, 8, 2).eval()
     for rank in range(2):
         assert len(found[rank]) == 1 + 2 * rank
         for i, answer in enumerate(found[rank]):
-            torch.testing.assert_close(torch.tensor(answer), alone(maps(2, 4, 5, 6, seed=i)))
+            torch.testing.assert_close(answer, alone(maps(2, 4, 5, 6, seed=i)))
 
 
 @pytest.mark.slow  # Two processes; the norm's statistics over processes are in the contract of the objective.
 @pytest.mark.distributed
 def test_two_processes_with_synchronised_means_are_one(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_half, args=(r, tmp_path / "store", queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    found = dict(queue.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(20)
+    found = in_processes(_half, 2, tmp_path)
     whole = seeded(SFNEBlock, 2, 2, 4, groups=2, local_kernels=(3, 5, 3, 3))
     whole(maps(6, 2, 4, 4)).square().mean().backward()
     for rank in range(2):
         for p, gradient in zip(whole.parameters(), found[rank], strict=True):
-            torch.testing.assert_close(torch.tensor(gradient), p.grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-5)

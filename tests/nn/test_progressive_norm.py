@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tests.contract.example import Example
+from tests.processes import in_processes
 from torch import Tensor, nn
 from torch._dynamo import testing
 
@@ -274,8 +273,7 @@ def test_moments_do_not_cancel() -> None:
     torch.testing.assert_close(token_moments(rows)[1], rows.double().var(0, unbiased=False).float(), rtol=1e-3, atol=0)
 
 
-def _work(rank: int, file: Path, queue: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _work(rank: int) -> list[bool]:
     x, signs = drawn(6, 5, 4).double(), drawn(6, 5, 4, seed=1).double()
     mask = drawn(6, 5, seed=2) > -0.5
     right = []
@@ -292,19 +290,9 @@ def _work(rank: int, file: Path, queue: Any) -> None:
         right.append(torch.allclose(mine.grad, whole.grad[rows]))
         right.append(torch.allclose(part.running_var, alone.running_var))
         right.append(torch.allclose(part.running_mean, alone.running_mean))
-    queue.put(right)
-    dist.barrier()
-    dist.destroy_process_group()
+    return right
 
 
 @pytest.mark.distributed
 def test_synchronised_statistics_are_those_of_all_processes(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    queue: Any = context.Queue()
-    workers = [context.Process(target=_work, args=(r, tmp_path / "store", queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    found = [queue.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join(20)
-    assert found == [[True] * 8] * 2
+    assert in_processes(_work, 2, tmp_path) == [[True] * 8] * 2

@@ -107,7 +107,7 @@ def test_a_map_of_few_cells_is_warned_about() -> None:
 def test_any_size_runs_in_one_compiled_graph() -> None:
     torch.manual_seed(0)
     wrapped = ResizeTokenMixing(RaftTokenMixing(4, (3, 4)), (3, 4)).eval()
-    compiled = torch.compile(wrapped, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(wrapped, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for size in ((3, 4), (5, 7), (6, 3)):
             torch.testing.assert_close(compiled(maps(2, 4, *size)), wrapped(maps(2, 4, *size)))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.objectives.test_contrastive import AGE, MODES, PSI, encoder, subjects
+from tests.processes import in_processes
 from torch import Tensor, nn
 
 from lamina.nn import ProjectionHead
@@ -36,9 +37,8 @@ def flat(*modules: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None])
 
 
-def _worker(rank: int, place: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+def _worker(rank: int) -> dict[str, Any]:
+    results = {}
     for mode in MODES:
         net, mine = shared(rank)
         objective = pretraining(mode)
@@ -51,23 +51,21 @@ def _worker(rank: int, place: str, results: Any) -> None:
         with torch.no_grad():
             alone = objective(net, mine)["loss"]
         local = pretraining(mode, gather=False)(net, mine)["loss"].detach()
-        results[rank, mode] = (loss, gradients, alone, local, found["loss"].detach())
-    dist.destroy_process_group()
+        results[mode] = (loss, gradients, alone, local, found["loss"].detach())
+    return results
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_over_two_processes_it_is_the_loss_and_gradient_of_the_whole_batch(tmp_path: Any) -> None:
-    manager = torch.multiprocessing.get_context("spawn").Manager()
-    results = manager.dict()
-    torch.multiprocessing.spawn(_worker, args=(str(tmp_path / "rendezvous"), results), nprocs=2)
+    results = in_processes(_worker, 2, tmp_path)
     for mode in MODES:
         net, batch = shared()
         objective = pretraining(mode)
         whole = objective(net, batch)["loss"]
         whole.backward()
         for rank in range(2):
-            loss, gradients, alone, local, own = results[rank, mode]
+            loss, gradients, alone, local, own = results[rank][mode]
             torch.testing.assert_close(loss, whole.detach())
             torch.testing.assert_close(gradients, flat(net, objective), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(alone, local)

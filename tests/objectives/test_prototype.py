@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tests.contract.example import Example
+from tests.processes import in_processes
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
@@ -176,9 +177,7 @@ def spread_out() -> tuple[nn.Module, dict[str, Tensor]]:
     return net, data
 
 
-def _worker(rank: int, place: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+def _worker(rank: int) -> Any:
     net, data = spread_out()
     # Unequal shares, as at the end of an epoch; the trainer weighs each process by its rows.
     mine = {k: (v[:3], v[3:])[rank] for k, v in data.items()}
@@ -192,15 +191,12 @@ def _worker(rank: int, place: str, results: Any) -> None:
     tie = torch.ones(2, 3, requires_grad=True)
     nearest_over_processes(tie).backward()
     dist.all_reduce(tie.grad)
-    results[rank] = (found["prototype_to_data"], local["prototype_to_data"], gradients, alone, tie.grad.sum())
-    dist.destroy_process_group()
+    return found["prototype_to_data"], local["prototype_to_data"], gradients, alone, tie.grad.sum()
 
 
 @pytest.mark.distributed
 def test_over_two_processes_it_is_the_loss_and_gradient_of_the_whole_batch(tmp_path: Any) -> None:
-    manager = torch.multiprocessing.get_context("spawn").Manager()
-    results = manager.dict()
-    torch.multiprocessing.spawn(_worker, args=(str(tmp_path / "rendezvous"), results), nprocs=2)
+    results = in_processes(_worker, 2, tmp_path)
     net, data = spread_out()
     whole = PrototypeObjective()(net, data)
     whole["loss"].backward()

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests.processes import in_processes
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -97,8 +96,7 @@ def restored(folder: Path, world: World) -> tuple[nn.Module, Float8AdamW]:
     return model, optimizer
 
 
-def _work(rank: int, folder: Path, queue: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _work(rank: int, folder: Path) -> list[str]:
     world = World(rank, 2)
     whole, plain = start(1)
     descend(whole, plain, 1)
@@ -138,26 +136,13 @@ def _work(rank: int, folder: Path, queue: Any) -> None:
     optimizer.step()
     after = next(iter(back.parameters())).full_tensor()  # type: ignore[attr-defined]
     checked["both leave a step out"] = optimizer.skipped == skipped + 1 and torch.equal(before, after)
-    queue.put([name for name, right in checked.items() if not right])
-    dist.barrier()
-    dist.destroy_process_group()
+    return [name for name, right in checked.items() if not right]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_shards_step_save_gather_and_resume(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_work, args=(r, tmp_path, queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    try:
-        assert [queue.get(timeout=120) for _ in workers] == [[], []]
-    finally:
-        for worker in workers:
-            worker.join(20)
-            if worker.is_alive():
-                worker.kill()
+    assert in_processes(_work, 2, tmp_path, tmp_path) == [[], []]
     # One process reads what two wrote: moments are quantised anew, for their groups were those of two shards.
     model, optimizer = restored(tmp_path / "checkpoints" / "step-000003", World())
     kept = optimizer.state[next(iter(model.parameters()))]["exp_avg"]

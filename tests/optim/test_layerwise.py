@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.processes import in_processes
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -52,11 +51,9 @@ def _rest(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k != "weight_decay"}
 
 
-def work(rank: int, file: str, answer: Connection) -> None:
+def work(rank: int) -> list[Any]:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     found: list[Any] = []
     for kind, options in CASES:
         model = net()
@@ -65,24 +62,12 @@ def work(rank: int, file: str, answer: Connection) -> None:
         values = [p.full_tensor().tolist() for p in model.parameters()]  # type: ignore[attr-defined]
         sizes = {type(s).__name__ for state in optimizer.state.values() for k, s in state.items() if k != "step"}
         found.append((values, sizes))
-    dist.destroy_process_group()
-    answer.send(found)
+    return found
 
 
 @pytest.mark.distributed
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ends = [context.Pipe() for _ in range(2)]
-    workers = [context.Process(target=work, args=(r, str(tmp_path / "store"), ends[r][1])) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    try:
-        answers = [end.recv() if end.poll(60) else None for end, _ in ends]
-    finally:
-        for worker in workers:
-            worker.join(10)
-            worker.kill()
-    assert answers[0] is not None
+    answers = in_processes(work, 2, tmp_path)
     assert answers[0] == answers[1]
     for (kind, options), (values, sizes) in zip(CASES, answers[0], strict=True):
         model = net()
