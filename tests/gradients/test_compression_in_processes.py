@@ -156,7 +156,7 @@ def a_worker_that_sends_nothing_or_dies_is_told_within_the_timeout(rank):
     for _ in range(2):
         # Once it is late, then it is gone.
         begun = time.perf_counter()
-        with pytest.raises(Exception, match="worker 0 of 2 could not exchange gradients: another worker ended, or did"):
+        with pytest.raises(Exception, match=r"^worker 1 ended, or did not answer .* this is worker 0 of 2"):
             reducer.reduce({"w": rows(0, 0)}, quick)
         assert time.perf_counter() - begun < 10
 

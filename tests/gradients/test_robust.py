@@ -28,6 +28,7 @@ from lamina.gradients import (
     Phocas,
     TrimmedMean,
     attach,
+    lost_worker,
 )
 from lamina.gradients.robust import exchange
 from lamina.gradients.robust.columns import comparators, nearest_mean, sort_rows
@@ -334,7 +335,7 @@ def _train(rank, world, file, queue):
 def _die(rank, world, file, queue):
     """Worker 2 is killed while it packs its gradient, after the roll call: in the middle of a step."""
     _join(rank, world, file, 30)
-    exchange.PATIENCE = 3.0
+    lost_worker.PATIENCE = 3.0
     rule, gradients = FlagAggregator(), {"w": torch.randn(1000)}
     rule.reduce(gradients, None)
     if rank == 2:

@@ -7,6 +7,7 @@ budget           that choice as a pure function, solved exactly
 robust           rules that a faulty minority cannot carry away: median, trimmed mean, Krum, Bulyan, ...
 flag_aggregator  the same by projection onto the subspace that explains most workers best
 flag_subspace    that subspace, from the workers' inner products
+lost_worker      a worker that is gone is named
 throttled        any of them over a slower link, to measure
 """
 

@@ -96,9 +96,7 @@ class Mean(Stateless):
         if size(group) == 1:
             return None
         self.sent += flat.nbytes
-        work: Any = dist.all_reduce(flat.div_(size(group)), group=group, async_op=True)
-        first: Callable[[Any], Tensor] = lambda done: done.value()[0]  # noqa: E731
-        return work.get_future().then(first)
+        return mean_later(flat, group)
 
 
 class Handle:
@@ -200,6 +198,13 @@ def _reduce_bucket(hook, bucket):  # type: ignore[no-untyped-def]
 def size(group: Group) -> int:
     """Return how many workers the group has; 1 where torch.distributed is not running."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_later(flat: Tensor, group: Group) -> torch.futures.Future[Tensor]:
+    """Replace a vector by the workers' mean, in place, while the caller goes on."""
+    work: Any = dist.all_reduce(flat.div_(size(group)), group=group, async_op=True)
+    first: Callable[[Any], Tensor] = lambda done: done.value()[0]  # noqa: E731
+    return work.get_future().then(first)
 
 
 def flatten(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lamina.errors import LaminaError
+from lamina.float8 import Format
 from lamina.optim import _layerwise as layerwise
 from lamina.optim._float8_shards import MOMENTS, assembled, flattened, like_parameter
 from lamina.optim._layerwise import local
 from lamina.optim.dynamic_range import (
     Coding,
-    Format,
     QuantizedTensor,
     RangeBound,
     dequantize_groups,

@@ -18,6 +18,7 @@ from torch import nn
 from lamina import anatomy
 from lamina.batches import Batch, bare
 from lamina.errors import AnatomyError, LaminaError
+from lamina.float8 import Format
 from lamina.lineage import Lineage
 from lamina.nn.float8 import (
     Float8Activation,
@@ -29,7 +30,6 @@ from lamina.nn.float8 import (
     save_in_float8,
 )
 from lamina.nn.float8.activation import Function
-from lamina.nn.float8.rounding import Format
 from lamina.registry import register
 from lamina.rewrite._float8_places import GatedPlan, NormKind, find_places, norm_eps
 from lamina.rewrite._fused_layer import leave_fused_path

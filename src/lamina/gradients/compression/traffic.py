@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lamina.errors import LaminaError
-from lamina.gradients.reducer import Group, size
+from lamina.gradients.lost_worker import lost_worker_told
+from lamina.gradients.reducer import Group, mean_later, size
 
 
 class Traffic:
@@ -26,28 +24,26 @@ class Traffic:
         self.crossed = 0
         """Bytes that leave this worker over its link where every collective is a ring: an all-reduce of n bytes is
         2 n (workers - 1) / workers, an all-gather n (workers - 1)."""
+        self.turn = 0
 
     def mean(self, flat: Tensor, group: Group) -> Tensor:
         """Return the mean of every worker's vector, by all-reduce; bitwise the same on all."""
         flat = flat / size(group)  # before the sum, so that fp16 does not overflow
-        with lost_worker_told(group):
+        with self._next(group):
             dist.all_reduce(flat, group=group)
         self.count_all_reduce(flat.nbytes, group)
         return flat
 
     def mean_later(self, flat: Tensor, group: Group) -> torch.futures.Future[Tensor]:
         """Replace a vector by the workers' mean, in place, while the caller goes on."""
-        flat.div_(size(group))
         self.count_all_reduce(flat.nbytes, group)
-        work: Any = dist.all_reduce(flat, group=group, async_op=True)
-        first: Callable[[Any], Tensor] = lambda done: done.value()[0]  # noqa: E731
-        return work.get_future().then(first)
+        return mean_later(flat, group)
 
     def gather(self, flat: Tensor, group: Group) -> Tensor:
         """Return every worker's vector, all of one length: (n,) -> (workers, n)."""
         world = size(group)
         everyone = flat.new_empty((world, flat.numel()))
-        with lost_worker_told(group):
+        with self._next(group):
             dist.all_gather(list(everyone.unbind()), flat.contiguous(), group=group)
         self.sent += flat.nbytes
         self.crossed += (world - 1) * flat.nbytes
@@ -55,7 +51,7 @@ class Traffic:
 
     def broadcast(self, values: Tensor, group: Group) -> Tensor:
         """Fill `values` with those of the group's first worker, in place; return it."""
-        with lost_worker_told(group):
+        with self._next(group):
             dist.broadcast(values, group=group, group_src=0)
         if dist.get_rank(group) == 0:
             self.sent += values.nbytes
@@ -68,6 +64,10 @@ class Traffic:
         self.sent += nbytes
         self.crossed += 2 * nbytes * (world - 1) // world
 
+    def _next(self, group: Group) -> AbstractContextManager[None]:
+        self.turn += 1
+        return lost_worker_told(group, f"compression/{self.turn}")
+
     def state_dict(self) -> dict[str, int]:
         """Return both counters."""
         return {"sent": self.sent, "crossed": self.crossed}
@@ -75,20 +75,3 @@ class Traffic:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Take both counters back."""
         self.sent, self.crossed = int(state["sent"]), int(state["crossed"])
-
-
-@contextmanager
-def lost_worker_told(group: Group) -> Iterator[None]:
-    """Turn the error of a collective into a sentence.
-
-    Raises:
-        LaminaError: another worker ended, or did not answer within the group's timeout.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        raise LaminaError(
-            f"worker {dist.get_rank(group)} of {size(group)} could not exchange gradients: another worker ended, or "
-            "did not answer within the process group's timeout (its own output says why); start all of them again "
-            f"from the last checkpoint [{str(error).splitlines()[0][:160]}]"
-        ) from error

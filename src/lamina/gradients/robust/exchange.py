@@ -11,20 +11,15 @@ would: gathering everyone's gradients takes `workers` copies.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lamina.errors import LaminaError, ShapeError
+from lamina.gradients.lost_worker import lost_worker_told, named
 from lamina.gradients.reducer import Group, size
-
-PATIENCE = 5.0
-"""Seconds that survivors wait for each other's sign of life, to name who is gone."""
 
 
 class Exchange:
@@ -34,7 +29,7 @@ class Exchange:
     """
 
     def __init__(self, group: Group, turn: int) -> None:
-        self.group, self.turn = group, turn
+        self.group, self.turn = group, f"robust/{turn}"
         self.workers, self.rank = size(group), dist.get_rank(group)
         self.sent = 0
 
@@ -65,7 +60,7 @@ class Exchange:
     def slices(self, flat: Tensor) -> Tensor:
         """Return this worker's slice of every worker's vector: (workers * n,) -> (workers, n)."""
         rows = torch.empty_like(flat)
-        with self._told():
+        with lost_worker_told(self.group, self.turn):
             dist.all_to_all_single(rows, flat, group=self.group)
         self.sent += flat.nbytes
         return rows.view(self.workers, -1)
@@ -73,7 +68,7 @@ class Exchange:
     def total(self, values: Tensor, device: torch.device) -> Tensor:
         """Return the sum over the workers."""
         values = values.to(device)
-        with self._told():
+        with lost_worker_told(self.group, self.turn):
             dist.all_reduce(values, group=self.group)
         self.sent += values.nbytes
         return values.cpu()
@@ -81,40 +76,7 @@ class Exchange:
     def gather(self, part: Tensor) -> Tensor:
         """Return the workers' slices, one after another: (n,) -> (workers * n,)."""
         whole = part.new_empty(self.workers * len(part))
-        with self._told():
+        with lost_worker_told(self.group, self.turn):
             dist.all_gather(list(whole.split(len(part))), part, group=self.group)
         self.sent += part.nbytes
         return whole
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn the error of a collective into a sentence that names who is gone."""
-        try:
-            yield
-        except RuntimeError as error:
-            gone = _missing(self.workers, self.rank, f"lamina/alive/{self.turn}")
-            who = named(gone) if gone else "another worker"
-            raise LaminaError(
-                f"{who} ended, or did not answer within the process group's timeout, while gradients were exchanged "
-                f"(its own output says why; this is worker {self.rank} of {self.workers}); nothing was combined: start "
-                f"again from the last checkpoint, as torchrun --max-restarts does [{str(error).splitlines()[0][:120]}]"
-            ) from error
-
-
-def named(workers: Sequence[int]) -> str:
-    """Word a list of workers."""
-    return f"worker{'s' if len(workers) > 1 else ''} {', '.join(map(str, workers))}"
-
-
-def _missing(workers: int, rank: int, key: str) -> list[int]:
-    """Return the workers that give no sign of life through the group's store; none where the store is gone."""
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"{key}/{rank}", "1")
-        missing, end = [r for r in range(workers) if r != rank], time.monotonic() + PATIENCE
-        while missing and time.monotonic() < end:
-            time.sleep(0.05)
-            missing = [r for r in missing if not store.check([f"{key}/{r}"])]
-    except RuntimeError:
-        return []
-    return missing

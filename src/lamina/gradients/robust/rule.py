@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lamina.errors import LaminaError, PlanError, ShapeError
+from lamina.gradients.lost_worker import named
 from lamina.gradients.reducer import Group, Stateless, size
-from lamina.gradients.robust.exchange import Exchange, named
+from lamina.gradients.robust.exchange import Exchange
 from lamina.gradients.robust.gram import gram
 from lamina.gradients.robust.packing import Packed, all_finite
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamina.errors import LaminaError, ShapeError, nearest
+from lamina.float8 import Format
 from lamina.nn._inputs import check_features
 from lamina.nn.float8.linear import Float8Linear
-from lamina.nn.float8.rounding import Format, Formats, per_group, restore
+from lamina.nn.float8.rounding import Formats, per_group, restore
 from lamina.nn.torch_layers import draw
 from lamina.registry import register
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamina.float8 import Format
 from lamina.nn._precision import autocasts, without_autocast
-from lamina.nn.float8.rounding import Format, Formats, per_tensor, per_tensor_once, restore
+from lamina.nn.float8.rounding import Formats, per_tensor, per_tensor_once, restore
 from lamina.registry import register
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lamina.errors import ShapeError
+from lamina.float8 import Format
 from lamina.nn._precision import without_autocast
-from lamina.nn.float8.rounding import Format, Formats, per_group, restore
+from lamina.nn.float8.rounding import Formats, per_group, restore
 from lamina.registry import register
 
 SOURCE = "Xi et al., COAT (2025), arXiv 2410.19313"
