@@ -11,6 +11,7 @@ equilibrium     mean field at its unique equilibrium: monotone couplings, proxim
 evonorm         norm and activation as one layer
 feed_forward    the plain and the gated position-wise network
 float8          layers that train on float8 numbers and keep them, in a byte each, for the backward pass
+fields          radiance fields: hash tables, perceptron, low-rank tensors, grid; the renderer of any of them
 fourier_head    logits over ordered bins as a Fourier density; fourier_density: the density itself
 hopfield        association with stored patterns: mixer, pooling, look-up, memory; attention is one case of it
 hypercomplex    linear layers and convolutions with 1/n of the weights
@@ -28,6 +29,7 @@ prototype       distances to learned prototypes; a head that decides by them
 raft_mixer      MLPs over columns and rows of a map, or over all of it; resize_token_mixing: at any size
 random_feature_attention  frozen random heads over a set, values in closed form; random_feature_mlp: without the set
 ridge_regression  ridge regression on features of any kind, in blocks
+token_pooling   one vector of many tokens, cut and of length one
 torch_layers    torch's activations and batch norms under the names recipes use
 windowed_attention  attention in windows of a sequence, shifted ones too; the merging of neighbours
 """
@@ -49,6 +51,12 @@ from lamina.nn.evonorm import EvoNorm3d as EvoNorm3d
 from lamina.nn.evonorm import normalize_and_activate as normalize_and_activate
 from lamina.nn.feed_forward import FeedForward as FeedForward
 from lamina.nn.feed_forward import SwiGLU as SwiGLU
+from lamina.nn.fields import GridField as GridField
+from lamina.nn.fields import HashField as HashField
+from lamina.nn.fields import LowRankField as LowRankField
+from lamina.nn.fields import MLPField as MLPField
+from lamina.nn.fields import OccupancyGrid as OccupancyGrid
+from lamina.nn.fields import VolumeRenderer as VolumeRenderer
 from lamina.nn.fixed_point_solver import FixedPointInfo as FixedPointInfo
 from lamina.nn.fixed_point_solver import fixed_point as fixed_point
 from lamina.nn.float8 import Float8Activation as Float8Activation
@@ -160,6 +168,9 @@ from lamina.nn.ridge_regression import RidgeFit as RidgeFit
 from lamina.nn.ridge_regression import fit_ridge as fit_ridge
 from lamina.nn.ridge_regression import ridge as ridge
 from lamina.nn.spectral_convolution import SpectralConvolution as SpectralConvolution
+from lamina.nn.token_pooling import TokenPooling as TokenPooling
+from lamina.nn.token_pooling import cut_embedding as cut_embedding
+from lamina.nn.token_pooling import pool_tokens as pool_tokens
 from lamina.nn.windowed_attention import TokenMerging1d as TokenMerging1d
 from lamina.nn.windowed_attention import WindowedAttention as WindowedAttention
 from lamina.nn.windowed_attention import WindowKernel as WindowKernel
