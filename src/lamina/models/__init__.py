@@ -17,6 +17,7 @@ neural_operator     MgNO and FNO: from one field on a grid to another, by V-cycl
 boltzmann           dense and convolutional Boltzmann machines with one mean-field answer
 prototype_network   an autoencoder that decides by prototypes; prototype_explanation: of any model with such a head
 neural_ode          classifiers with a neural ODE or SDE as their body; latent_ode: of time series
+radiance_field      a field in space of any representation, seen along rays
 hugging_face        any transformers model, by config or folder
 """
 
@@ -71,6 +72,7 @@ from lamina.models.prototype_explanation import explain_prototypes as explain_pr
 from lamina.models.prototype_explanation import nearest_training as nearest_training
 from lamina.models.prototype_network import PrototypeNetwork as PrototypeNetwork
 from lamina.models.prototype_network import PrototypeOutput as PrototypeOutput
+from lamina.models.radiance_field import RadianceField as RadianceField
 from lamina.models.raft_mlp import RaftMLP as RaftMLP
 from lamina.models.raft_mlp import load_raft_mlp as load_raft_mlp
 from lamina.models.raft_mlp import mixer_b16_e2 as mixer_b16_e2

@@ -11,6 +11,7 @@ prototype     the four terms of a prototype network; the two penalties beside an
 contrastive   features alike where rows are alike by what is known of them; similarity: how alike that is
 slow_kernels  let the slow kernels of a network's blocks agree
 relative_lp   error of fields relative to the target; relative_sobolev: with their derivatives
+volume_distillation  follow another radiance field: feature, density and colour at points, then what rays see
 solver_cost   what a step costs the solvers of neural ODEs and SDEs: local, and global
 """
 
@@ -39,3 +40,4 @@ from lamina.objectives.supervised import Classification as Classification
 from lamina.objectives.supervised import MaskedToken as MaskedToken
 from lamina.objectives.supervised import NextToken as NextToken
 from lamina.objectives.supervised import Regression as Regression
+from lamina.objectives.volume_distillation import VolumeDistillation as VolumeDistillation

@@ -10,6 +10,7 @@ hypercomplex  linear layers and convolutions with 1/n of the weights, and back
 grow        more pairs in parameter attention, with equal outputs
 permute_vocabulary  other numbers for the tokens, and the same answers
 low_precision  blocks that train on float8 and keep their activations in a byte each
+convert_field  another representation of a radiance field
 drop        remove attention, feed-forward or whole blocks by similarity
 """
 
@@ -20,6 +21,8 @@ from lamina.rewrite.conv_bn import ConvBNDecision as ConvBNDecision
 from lamina.rewrite.conv_bn import activation_bytes as activation_bytes
 from lamina.rewrite.conv_bn import release as release
 from lamina.rewrite.conv_bn import set_mode as set_mode
+from lamina.rewrite.convert_field import ConvertField as ConvertField
+from lamina.rewrite.convert_field import ConvertFieldDecision as ConvertFieldDecision
 from lamina.rewrite.drop import DropAttention as DropAttention
 from lamina.rewrite.drop import DropBlock as DropBlock
 from lamina.rewrite.drop import DropDecision as DropDecision
