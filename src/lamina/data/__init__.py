@@ -27,6 +27,8 @@ from lamina.data.images import Images as Images
 from lamina.data.images import elastic_deformation as elastic_deformation
 from lamina.data.images import elastically_deformed as elastically_deformed
 from lamina.data.images import images as images
+from lamina.data.indexed import Indexed as Indexed
+from lamina.data.indexed import indexed as indexed
 from lamina.data.listops import listops as listops
 from lamina.data.loader import Loader as Loader
 from lamina.data.loader import one_pass as one_pass
@@ -44,6 +46,8 @@ from lamina.data.pde import pde as pde
 from lamina.data.phantoms import Phantoms as Phantoms
 from lamina.data.phantoms import phantoms as phantoms
 from lamina.data.scenes import scenes as scenes
+from lamina.data.rotations import Rotated as Rotated
+from lamina.data.rotations import rotated as rotated
 from lamina.data.sentence_pairs import SentencePairs as SentencePairs
 from lamina.data.sentence_pairs import sentence_pairs as sentence_pairs
 from lamina.data.sentences import from_texts as from_texts

@@ -5,7 +5,7 @@ evidence_bound  errors of a latent model and the divergence of its posterior
 fourier_smoothness  keep the densities of Fourier heads smooth
 hypernetwork  hold the weights that a hypernetwork made for earlier tasks
 supervised    next token, masked token, classification, regression
-distillation  follow a teacher's logits and hidden states
+distillation  follow a teacher in logits and hidden states, by two dozen methods; teacher_cache: its outputs on disk
 masked_marginals  what was hidden of a Boltzmann machine's variables
 prototype     the four terms of a prototype network; the two penalties beside any objective
 contrastive   features alike where rows are alike by what is known of them; similarity: how alike that is
@@ -18,6 +18,7 @@ solver_cost   what a step costs the solvers of neural ODEs and SDEs: local, and 
 from lamina.objectives.contrastive import WeightedContrastive as WeightedContrastive
 from lamina.objectives.contrastive import weighted_contrastive_loss as weighted_contrastive_loss
 from lamina.objectives.distillation import Distillation as Distillation
+from lamina.objectives.distillation import LogitDistillation as LogitDistillation
 from lamina.objectives.evidence_bound import EvidenceBound as EvidenceBound
 from lamina.objectives.fourier_smoothness import FourierSmoothness as FourierSmoothness
 from lamina.objectives.hypernetwork import HyperNetworkDrift as HyperNetworkDrift
