@@ -59,6 +59,8 @@ from lamina.data.tabular import from_arrays as from_arrays
 from lamina.data.tabular import tabular as tabular
 from lamina.data.text import Blocks as Blocks
 from lamina.data.text import text as text
+from lamina.data.text_pairs import passage_pairs as passage_pairs
+from lamina.data.text_pairs import scored_pairs as scored_pairs
 from lamina.data.tokens import from_tokens as from_tokens
 from lamina.data.tokens import tokenized_text as tokenized_text
 from lamina.data.tokens import tokens as tokens

@@ -6,6 +6,7 @@ fourier_smoothness  keep the densities of Fourier heads smooth
 hypernetwork  hold the weights that a hypernetwork made for earlier tasks
 supervised    next token, masked token, classification, regression
 distillation  follow a teacher in logits and hidden states, by two dozen methods; teacher_cache: its outputs on disk
+matryoshka    one embedding model for several sizes; embedding_losses: what it trains at each; matryoshka_autoencoding
 masked_marginals  what was hidden of a Boltzmann machine's variables
 prototype     the four terms of a prototype network; the two penalties beside any objective
 contrastive   features alike where rows are alike by what is known of them; similarity: how alike that is
@@ -19,10 +20,17 @@ from lamina.objectives.contrastive import WeightedContrastive as WeightedContras
 from lamina.objectives.contrastive import weighted_contrastive_loss as weighted_contrastive_loss
 from lamina.objectives.distillation import Distillation as Distillation
 from lamina.objectives.distillation import LogitDistillation as LogitDistillation
+from lamina.objectives.embedding_losses import CoSENT as CoSENT
+from lamina.objectives.embedding_losses import EmbeddingClassification as EmbeddingClassification
+from lamina.objectives.embedding_losses import InfoNCE as InfoNCE
+from lamina.objectives.embedding_losses import MultipleNegatives as MultipleNegatives
 from lamina.objectives.evidence_bound import EvidenceBound as EvidenceBound
 from lamina.objectives.fourier_smoothness import FourierSmoothness as FourierSmoothness
 from lamina.objectives.hypernetwork import HyperNetworkDrift as HyperNetworkDrift
 from lamina.objectives.masked_marginals import MaskedMarginals as MaskedMarginals
+from lamina.objectives.matryoshka import Matryoshka as Matryoshka
+from lamina.objectives.matryoshka_autoencoding import MatryoshkaAutoencoding as MatryoshkaAutoencoding
+from lamina.objectives.matryoshka_autoencoding import continuing_tokens as continuing_tokens
 from lamina.objectives.objective import Losses as Losses
 from lamina.objectives.objective import Objective as Objective
 from lamina.objectives.objective import WeightedSum as WeightedSum

@@ -12,6 +12,7 @@ permute_vocabulary  other numbers for the tokens, and the same answers
 low_precision  blocks that train on float8 and keep their activations in a byte each
 convert_field  another representation of a radiance field
 drop        remove attention, feed-forward or whole blocks by similarity
+truncate    the first blocks and the first numbers of an embedding
 """
 
 from lamina.rewrite.calibrate import Calibrate as Calibrate
@@ -55,3 +56,7 @@ from lamina.rewrite.rewriting import check_order as check_order
 from lamina.rewrite.rewriting import history as history
 from lamina.rewrite.rewriting import replay as replay
 from lamina.rewrite.rewriting import rewrite as rewrite
+from lamina.rewrite.truncate import Truncate as Truncate
+from lamina.rewrite.truncate import TruncateDecision as TruncateDecision
+from lamina.rewrite.truncate import export_sentence_transformers as export_sentence_transformers
+from lamina.rewrite.truncate import sizes as sizes
