@@ -123,8 +123,8 @@ def place(
     """Move a bare model to its devices and wrap it; an optimizer that already has state follows.
 
     Raises:
-        PlanError: a reducer and shards (a reducer needs whole gradients), a reducer that gives a process other data
-            than its own, or another number of processes.
+        PlanError: a reducer and shards (a reducer needs whole gradients), a reducer that decodes a gradient only steps
+            later, or another number of processes.
     """
     model.to(device)
     handle: Handle | None = None
@@ -253,10 +253,14 @@ def same_buffers(placed: Placed) -> None:
 
 def _check_tasks(reducer: Reducer) -> None:
     rank = dist.get_rank() if _world() > 1 else 0
-    if tuple(reducer.tasks(0, rank, _world())) != (rank,):
+    delay = getattr(reducer, "delay", None)
+    if delay:
         raise PlanError(
-            f"{type(reducer).__name__} gives a process other shards than its own, which no trainer does yet"
+            f"{type(reducer).__name__} decodes a gradient {delay} steps later: train {delay + 1} models in turns with "
+            "lamina.gradients.coding.interleave, or take gradient_coding, which has no delay"
         )
+    if delay is None and tuple(reducer.tasks(0, rank, _world())) != (rank,):
+        raise PlanError(f"{type(reducer).__name__} gives a process other shards than its own, and has no `delay`")
 
 
 def _whole(tensor: Tensor, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from lamina.data import Loader
 from lamina.errors import LaminaError
 from lamina.gradients.reducer import Reducer
 from lamina.parallel.data_parallel import Placed
+from lamina.train.coded import ChunkLoader
 from lamina.train.distributed import World
 from lamina.train.packing import pack, unpack
 from lamina.train.state import Loaded
@@ -28,7 +29,7 @@ class Live:
     placed: Placed
     optimizer: Optimizer
     objective: Any
-    loader: Loader
+    loader: Loader | ChunkLoader
     scaler: torch.amp.GradScaler
     reducer: Reducer | None
     world: World

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lamina.batches import bare, to_device
+from lamina.batches import Batch, bare, to_device
 from lamina.data import Data, Loader
 from lamina.errors import LaminaError, PlanError
 from lamina.gradients.reducer import Reducer
@@ -20,6 +20,7 @@ from lamina.objectives.objective import Objective
 from lamina.parallel.data_parallel import Placement, place, same_buffers, same_everywhere, take_back
 from lamina.rewrite.rewriting import Pass, Record, history
 from lamina.train import distributed, phases, snapshot, state
+from lamina.train.coded import ChunkLoader, coded_gradients, is_coded
 from lamina.train.folder import RunFolder
 from lamina.train.losses import PendingLosses
 from lamina.train.options import TrainOptions
@@ -27,7 +28,7 @@ from lamina.train.outcome import Run, Stage, Stopwatch, count, forget_peak, peak
 from lamina.train.phases import Scheduled
 from lamina.train.precision import loss_scaler
 from lamina.train.progress import display
-from lamina.train.step import clip_gradients, complete_optimizer, evaluate, gradients, set_rates, size_of
+from lamina.train.step import Losses, clip_gradients, complete_optimizer, evaluate, gradients, set_rates, size_of
 
 
 class Trainer:
@@ -108,7 +109,12 @@ class Trainer:
         if isinstance(self.objective, nn.Module):
             same_everywhere(self.objective.to(world.device))
         self.scaler = loss_scaler(o.precision, world.device)
-        self.loader = Loader(self.data.train, self.data.batch, seed=o.seed, rank=world.rank, world=world.size)
+        self.loader: Loader | ChunkLoader = Loader(
+            self.data.train, self.data.batch, seed=o.seed, rank=world.rank, world=world.size
+        )
+        if is_coded(self.reducer, world):
+            chunks = self.reducer.chunks(world.size)  # type: ignore[union-attr]
+            self.loader = ChunkLoader(self.data.train, self.data.batch, seed=o.seed, chunks=chunks)
         self.unit = size_of(self.data.train.batch(torch.tensor([0])))[1]
         loaded = self.folder.open(world, resume)
         if loaded is not None:
@@ -142,26 +148,41 @@ class Trainer:
         """One optimizer step; nothing here waits for the device."""
         o, optimizer = self.options, self._optimizer()
         self._tell((self.step + 1) / o.steps)
-        batch = to_device(next(self.loader), self.world.device)
         optimizer.zero_grad(set_to_none=True)
-        found = gradients(
-            self.placed,
-            self.objective,
-            batch,
-            world=self.world,
-            parts=o.accumulate,
-            precision=o.precision,
-            scaler=self.scaler,
-        )
+        weighted, counted, losses, batch = self._gradients()
         if o.clip is not None:
             self.scaler.unscale_(optimizer)
             clip_gradients([p for g in optimizer.param_groups for p in g["params"]], o.clip)
         self.scaler.step(optimizer)
         self.scaler.update()
-        self.losses.add(*found)
+        self.losses.add(weighted, counted, losses)
         self.step += 1
         self.stages[-1].steps += 1
         self.stages[-1].items += size_of(batch)[0] * self.world.size
+
+    def _gradients(self) -> tuple[Tensor, Tensor, Losses, Batch]:
+        """Set the gradients of this step; return loss * count and count, the losses, and this process's rows."""
+        o, world = self.options, self.world
+        if isinstance(self.loader, ChunkLoader):
+            return coded_gradients(
+                self.placed,
+                self.objective,
+                self.loader,
+                self.step,
+                world=world,
+                parts=o.accumulate,
+                precision=o.precision,
+            )
+        batch = to_device(next(self.loader), world.device)
+        return *gradients(
+            self.placed,
+            self.objective,
+            batch,
+            world=world,
+            parts=o.accumulate,
+            precision=o.precision,
+            scaler=self.scaler,
+        ), batch
 
     def _look_around(self) -> None:
         """After a step: log, evaluate and save where it is time."""
