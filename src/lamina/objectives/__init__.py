@@ -8,6 +8,7 @@ supervised    next token, masked token, classification, regression
 distillation  follow a teacher in logits and hidden states, by two dozen methods; teacher_cache: its outputs on disk
 matryoshka    one embedding model for several sizes; embedding_losses: what it trains at each; matryoshka_autoencoding
 masked_marginals  what was hidden of a Boltzmann machine's variables
+ponder        mean loss under a learned distribution of exits; weighted_exits: every exit's, weighted
 prototype     the four terms of a prototype network; the two penalties beside any objective
 contrastive   features alike where rows are alike by what is known of them; similarity: how alike that is
 slow_kernels  let the slow kernels of a network's blocks agree
@@ -34,6 +35,8 @@ from lamina.objectives.matryoshka_autoencoding import continuing_tokens as conti
 from lamina.objectives.objective import Losses as Losses
 from lamina.objectives.objective import Objective as Objective
 from lamina.objectives.objective import WeightedSum as WeightedSum
+from lamina.objectives.ponder import Ponder as Ponder
+from lamina.objectives.ponder import WeightedExits as WeightedExits
 from lamina.objectives.prototype import PrototypeObjective as PrototypeObjective
 from lamina.objectives.prototype import PrototypePenalties as PrototypePenalties
 from lamina.objectives.relative_error import RelativeLp as RelativeLp

@@ -13,6 +13,7 @@ low_precision  blocks that train on float8 and keep their activations in a byte 
 convert_field  another representation of a radiance field
 drop        remove attention, feed-forward or whole blocks by similarity
 truncate    the first blocks and the first numbers of an embedding
+early_exit  an exit after every block: easy inputs leave early
 """
 
 from lamina.rewrite.calibrate import Calibrate as Calibrate
@@ -30,6 +31,12 @@ from lamina.rewrite.drop import DropDecision as DropDecision
 from lamina.rewrite.drop import DropMLP as DropMLP
 from lamina.rewrite.drop import DropSublayers as DropSublayers
 from lamina.rewrite.drop import import_official as import_official
+from lamina.rewrite.early_exit import EarlyExit as EarlyExit
+from lamina.rewrite.early_exit import EarlyExitModel as EarlyExitModel
+from lamina.rewrite.early_exit import ExitDecision as ExitDecision
+from lamina.rewrite.early_exit import LambdaHead as LambdaHead
+from lamina.rewrite.early_exit import exit_distribution as exit_distribution
+from lamina.rewrite.early_exit import q_exit as q_exit
 from lamina.rewrite.fold import Fold as Fold
 from lamina.rewrite.fold import FoldDecision as FoldDecision
 from lamina.rewrite.grow import GrowDecision as GrowDecision
