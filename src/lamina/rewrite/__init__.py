@@ -11,6 +11,7 @@ grow        more pairs in parameter attention, with equal outputs
 permute_vocabulary  other numbers for the tokens, and the same answers
 low_precision  blocks that train on float8 and keep their activations in a byte each
 convert_field  another representation of a radiance field
+expand      two blocks that stand for a stack of any depth, and back to models of any depth
 drop        remove attention, feed-forward or whole blocks by similarity
 truncate    the first blocks and the first numbers of an embedding
 early_exit  an exit after every block: easy inputs leave early
@@ -37,6 +38,13 @@ from lamina.rewrite.early_exit import ExitDecision as ExitDecision
 from lamina.rewrite.early_exit import LambdaHead as LambdaHead
 from lamina.rewrite.early_exit import exit_distribution as exit_distribution
 from lamina.rewrite.early_exit import q_exit as q_exit
+from lamina.rewrite.expand import Expand as Expand
+from lamina.rewrite.expand import ExpandDecision as ExpandDecision
+from lamina.rewrite.expand import ExpandedStack as ExpandedStack
+from lamina.rewrite.expand import ExpansionDecision as ExpansionDecision
+from lamina.rewrite.expand import LinearExpansion as LinearExpansion
+from lamina.rewrite.expand import fit_linear as fit_linear
+from lamina.rewrite.expand import interpolate as interpolate
 from lamina.rewrite.fold import Fold as Fold
 from lamina.rewrite.fold import FoldDecision as FoldDecision
 from lamina.rewrite.grow import GrowDecision as GrowDecision
