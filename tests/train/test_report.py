@@ -28,8 +28,8 @@ ROWS = [
     {"event": "end", "step": 10, "loss": 3.0, "evaluation": 3.125},
 ]
 STAGES = [
-    Stage("start", 1000, 5.5, 4.0, 6, 2.0, 400, 3 * 2**20),
-    Stage("drop_attention", 750, 4.25, 3.125, 4, 1.0, 300, 2 * 2**20),
+    Stage("start", 1000, 5.5, 4.0, 6, 2.0, 400, 0.02, 3 * 2**20),
+    Stage("drop_attention", 750, 4.25, 3.125, 4, 1.0, 300, 0.0125, 2 * 2**20),
 ]
 
 
@@ -85,9 +85,9 @@ def test_the_page_says_what_the_run_did_and_needs_no_other_file(folder):
 
 def test_the_table_has_rate_and_memory(folder):
     assert report.stage_cells(STAGES[1]) == [
-        "drop_attention", "4.2500", "3.1250", "750", "300", "2 MiB", "4",
+        "drop_attention", "4.2500", "3.1250", "750", "12.5", "300", "2 MiB", "4",
     ]  # fmt: skip
-    assert report.stage_cells(Stage("start", 5)) == ["start", "-", "-", "5", "-", "-", "0"]
+    assert report.stage_cells(Stage("start", 5)) == ["start", "-", "-", "5", "-", "-", "-", "0"]
 
 
 def test_a_run_that_was_cut_short_still_has_a_report(folder):

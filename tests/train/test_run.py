@@ -74,11 +74,11 @@ def test_a_recipe_leaves_a_whole_folder(tmp_path, capsys) -> None:
 def test_the_last_table_fits_a_terminal(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     stages = [
-        Stage(name, 1_219_840, loss_before=5.3, loss_after=2.6, memory=555 << 20, steps=240, seconds=1.0, items=7_310)
-        for name in ("start", "drop_attention")
+        Stage(name, 1_219_840, 5.3, 2.6, latency=0.0123, memory=555 << 20, steps=240, seconds=1.0, items=7_310)
+        for name in ("start", "drop_attention", "grow_parameter_tokens")
     ]
     run_module._show(types.SimpleNamespace(unit="tokens", folder=tmp_path, stages=stages), tmp_path / "report.html")
-    assert "drop_attention" in capsys.readouterr().out
+    assert "grow_parameter_tokens" in capsys.readouterr().out
 
 
 def test_the_learning_rate_follows_schedule_and_groups(tmp_path) -> None:

@@ -188,6 +188,7 @@ def test_rewrites_run_before_during_and_after(tmp_path) -> None:
     assert run.stages[0].loss_after == run.stages[0].loss_before
     assert run.stages[3].loss_after == run.evaluation
     assert all(s.loss_before is not None and s.loss_after is not None for s in run.stages)
+    assert all(s.latency > 0 for s in run.stages)
     assert run.model.head.weight.shape == (6, 8)
 
 

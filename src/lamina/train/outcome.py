@@ -29,6 +29,8 @@ class Stage:
     """Spent in training steps."""
     items: int = 0
     """Tokens (or rows) of all processes trained on."""
+    latency: float = 0.0
+    """Median seconds that the model, as the stage ended, took for an evaluation batch; 0 where none was timed."""
     memory: int = 0
     """Peak bytes: allocated on the GPU, or resident on a CPU (seen at log points)."""
 

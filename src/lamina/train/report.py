@@ -27,6 +27,8 @@ TEMPLATE = """<!doctype html>
 <h1>{{ title }}</h1>
 <p>{{ summary }}</p>
 <h2>Before and after</h2>
+<p class="quiet">Evaluation loss as each model begins and ends; milliseconds of its forward pass over an evaluation
+batch; rate and memory of training.</p>
 <table><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in stages %}<tr>{% for cell in row %}<td{% if not loop.first %} class="number"{% endif %}>{{ cell }}</td>
 {%- endfor %}</tr>{% endfor %}</table>
@@ -73,17 +75,21 @@ def write(folder: str | Path, stages: Sequence[Stage] = (), *, title: str | None
 
 
 def header(unit: str) -> tuple[str, ...]:
-    """Name the columns of the table that a run ends with; rates count `unit`."""
-    return "after", "loss", "loss, end", "parameters", f"{unit}/s", "memory", "steps"
+    """Name the columns of the table that a run ends with.
+
+    loss, end: as the stage begins and ends; ms: forward pass of an evaluation batch; rates count `unit` in training.
+    """
+    return "after", "loss", "end", "parameters", "ms", f"{unit}/s", "memory", "steps"
 
 
 def stage_cells(stage: Stage) -> list[str]:
-    """Word one stage for the table: losses, parameters, tokens (or rows) a second, memory, steps."""
+    """Word one stage for the table: see `header`."""
     return [
         stage.name,
         "-" if stage.loss_before is None else f"{stage.loss_before:.4f}",
         "-" if stage.loss_after is None else f"{stage.loss_after:.4f}",
         f"{stage.parameters:,}",
+        f"{1000 * stage.latency:.3g}" if stage.latency else "-",
         f"{stage.rate:,.0f}" if stage.rate else "-",
         f"{stage.memory / 2**20:,.0f} MiB" if stage.memory else "-",
         str(stage.steps),

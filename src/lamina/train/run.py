@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -29,7 +30,7 @@ from lamina.train.folder import MAY_DIFFER
 from lamina.train.options import TrainOptions
 from lamina.train.outcome import Run
 from lamina.train.phases import Scheduled
-from lamina.train.preflight import refuse_batch, refuse_misfits
+from lamina.train.preflight import refuse_batch, refuse_misfits, refuse_objective
 from lamina.train.trainer import Trainer
 
 RECIPE, MODEL = "recipe.yaml", "model"
@@ -79,13 +80,15 @@ def trainer(recipe: Recipe, world: World, folder: Path | None) -> Trainer:
     model: nn.Module = build(recipe.model, "model", **data.sizes)
     refuse_batch(recipe.model, model, data)
     refuse_misfits(model, data.sizes, [build(node, "pass", f"rewrite[{i}]") for i, node in enumerate(recipe.rewrite)])
+    objective = _objective(recipe, model, data.sizes)
+    refuse_objective(objective, model, data, recipe.rewrite)
     reducer = None
     if recipe.gradients is not None:
         reducer = build(recipe.gradients, "reducer", world=world.size, workers=world.size)
     return Trainer(
         model,
         data,
-        _objective(recipe, model, data.sizes),
+        objective,
         _optimizer(recipe),
         options=options,
         rewrites=[
@@ -204,8 +207,8 @@ def _base(model: nn.Module, recipe: Recipe, done: Run) -> dict[str, Any] | None:
 
 def _show(done: Run, path: Path) -> None:
     """Print the models that the rewrites made, side by side, and where the report is."""
-    # Without outer padding it fits 80 columns with the longest of our passes.
-    table = Table(*report.header(done.unit), title=str(done.folder), pad_edge=False)
+    # Without borders it fits 80 columns with the longest names of our passes.
+    table = Table(*report.header(done.unit), title=str(done.folder), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for stage in done.stages:
         table.add_row(*report.stage_cells(stage))
     Console().print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from lamina.batches import Batch, to_device
 from lamina.errors import LaminaError
 from lamina.parallel.data_parallel import Placed
 from lamina.train.distributed import World
+from lamina.train.latency import ForwardTimes
 from lamina.train.losses import logged
 from lamina.train.options import Precision
 from lamina.train.precision import autocast
@@ -103,12 +105,18 @@ def size_of(batch: Batch) -> tuple[int, str]:
 
 @torch.no_grad()
 def evaluate(
-    placed: Placed, objective: Any, batches: Iterable[Batch], *, world: World, precision: Precision = "fp32"
+    placed: Placed,
+    objective: Any,
+    batches: Iterable[Batch],
+    *,
+    world: World,
+    precision: Precision = "fp32",
+    times: ForwardTimes | None = None,
 ) -> dict[str, float]:
     """Return means over all batches and processes, weighted by count; the model's mode is kept.
 
     `loss` is the objective's `measure` where it has one; beside it stands what else the objective logs (accuracy).
-    Processes may have unequally many batches.
+    Processes may have unequally many batches. `times` gets what the model takes of each of this process's.
     """
     # Neither DDP nor torch.compile has a part in it, so the processes need not walk in step, unless they are sharded.
     model = placed.bare
@@ -118,7 +126,8 @@ def evaluate(
     zero = torch.zeros((), dtype=exact, device=world.device)
     counted, sums = zero.clone(), defaultdict[str, Tensor](zero.clone)
     for batch, real in _in_step(batches, world) if placed.sharded else ((b, True) for b in batches):
-        with autocast(precision, world.device):
+        watched = times.batch(model) if times is not None and real else nullcontext()
+        with autocast(precision, world.device), watched:
             losses = objective(model, to_device(batch, world.device))
         if real:
             count = losses["count"].to(exact)
