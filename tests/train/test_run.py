@@ -75,10 +75,12 @@ def test_the_last_table_fits_a_terminal(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     stages = [
         Stage(name, 1_219_840, 5.3, 2.6, latency=0.0123, memory=555 << 20, steps=240, seconds=1.0, items=7_310)
-        for name in ("start", "drop_attention", "grow_parameter_tokens")
+        for name in ("start", "linear_expansion", "grow_parameter_tokens")
     ]
     run_module._show(types.SimpleNamespace(unit="tokens", folder=tmp_path, stages=stages), tmp_path / "report.html")
-    assert "grow_parameter_tokens" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "linear_expansion" in out
+    assert "…" not in out
 
 
 def test_the_learning_rate_follows_schedule_and_groups(tmp_path) -> None:

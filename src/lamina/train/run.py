@@ -207,8 +207,9 @@ def _base(model: nn.Module, recipe: Recipe, done: Run) -> dict[str, Any] | None:
 
 def _show(done: Run, path: Path) -> None:
     """Print the models that the rewrites made, side by side, and where the report is."""
-    # Without borders it fits 80 columns with the longest names of our passes.
+    # Without borders it fits 80 columns; the longest names of passes go on in a second line.
     table = Table(*report.header(done.unit), title=str(done.folder), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[0].overflow = "fold"
     for stage in done.stages:
         table.add_row(*report.stage_cells(stage))
     Console().print(table)
