@@ -12,8 +12,8 @@ from lamina.anatomy import describe, undisturbed
 from lamina.batches import call, to_device
 from lamina.data import Data
 from lamina.errors import AnatomyError, LaminaError
-from lamina.objectives.objective import Objective
-from lamina.recipe import build
+from lamina.objectives.objective import Objective, WeightedSum
+from lamina.recipe import build, frame
 from lamina.recipe._options import Misfit
 from lamina.rewrite.rewriting import Pass
 
@@ -65,6 +65,33 @@ def refuse_batch(node: Any, model: nn.Module, data: Data) -> None:
         # Kernels for meta refuse what the real ones take (grouped products of experts in float32).
         with torch.random.fork_rng(devices=[]), torch.no_grad(), undisturbed(model):
             try_batch(model, call, data)
+
+
+def refuse_objective(
+    objective: Objective, model: nn.Module, data: Data, rewrites: Sequence[Any] = (), place: str = "objective"
+) -> None:
+    """Let objectives that can tell (`fits(model, data, until)`) refuse a model or data that lack what they need.
+
+    Nothing is said where a pass rewrites the model before training, and of what begins after the first rewrite.
+
+    Args:
+        rewrites: nodes of the recipe's passes.
+        place: of the objective in the recipe.
+    Raises:
+        RecipeError: with the path of the objective.
+    """
+    if isinstance(objective, WeightedSum):
+        for i, one in enumerate(objective.terms):
+            refuse_objective(one, model, data, rewrites, f"objective[{i}]")
+        return
+    fits = getattr(objective, "fits", None)
+    first = frame(rewrites[0], "pass")["at"] if rewrites else "after"
+    if fits is None or first == "before":
+        return
+    try:
+        fits(model, data, 1.0 if first == "after" else first)
+    except LaminaError as error:
+        raise Misfit(place, str(error)) from error
 
 
 def try_batch(model: nn.Module, objective: Objective | Callable[..., Any], data: Data) -> str | None:

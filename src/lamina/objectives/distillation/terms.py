@@ -99,7 +99,8 @@ class Term(nn.Module):
             student = teacher = (LOGITS,)
         self.student, self.teacher = [Place.parse(s) for s in student], [Place.parse(t) for t in teacher or student]
         self.adapters = nn.ModuleDict({str(i): a for i, a in enumerate(adapters) if a is not None})
-        self.asks = [n for n in inspect.signature(loss.forward).parameters if n not in ("student", "teacher")]
+        # Behind the two sides: entries of the batch that the loss wants.
+        self.asks = list(inspect.signature(loss.forward).parameters)[2:]
         self._check(len(adapters))
 
     @property
