@@ -22,6 +22,7 @@ from lamina.rewrite.rewriting import Pass, Record, history
 from lamina.train import distributed, phases, snapshot, state
 from lamina.train.coded import ChunkLoader, coded_gradients, is_coded
 from lamina.train.folder import RunFolder
+from lamina.train.latency import ForwardTimes
 from lamina.train.losses import PendingLosses
 from lamina.train.options import TrainOptions
 from lamina.train.outcome import Run, Stage, Stopwatch, count, forget_peak, peak_memory
@@ -222,7 +223,12 @@ class Trainer:
     def _measure(self) -> dict[str, float]:
         same_buffers(self.placed)
         batches = phases.held_out(self.data, self.options, self.world)
-        return evaluate(self.placed, self.objective, batches, world=self.world, precision=self.options.precision)
+        times = ForwardTimes(self.world.device)
+        found = evaluate(
+            self.placed, self.objective, batches, world=self.world, precision=self.options.precision, times=times
+        )
+        self.stages[-1].latency = times.median
+        return found
 
     def _stopped(self) -> bool:
         """Early stop; never with a rewrite still to come in training."""
@@ -252,7 +258,8 @@ class Trainer:
         forget_peak(self.world.device)
         self.done += 1
         self.best, self.without_better = None, 0
-        self.stages.append(Stage(row["pass"], count(self.model), loss_before=self._measure()["loss"]))
+        self.stages.append(Stage(row["pass"], count(self.model)))
+        self.stages[-1].loss_before = self._measure()["loss"]
         row.update(step=self.step, loss_before=ended.loss_after, loss_after=self.stages[-1].loss_before)
         self.folder.note(row)
         self.watch = Stopwatch()
