@@ -196,7 +196,7 @@ class WeightedExits(_Exits):
     def _trained(self, outputs: Any, scores: Tensor, labels: Tensor) -> Losses:
         errors, asked = self._errors(scores, labels), _asked(labels)
         weights = torch.arange(1, scores.shape[1] + 1, device=errors.device, dtype=errors.dtype)
-        losses = mean(errors @ weights / weights.sum(), asked)
+        losses = mean((errors * weights).sum(1) / weights.sum(), asked)
         result: Losses = {**losses, "task": mean(errors[:, -1].detach(), asked)["loss"]}
         if scores.shape[2] > 1 and not labels.is_floating_point():
             result["accuracy"] = mean((scores[:, -1].argmax(-1) == labels).to(errors.dtype), asked)["loss"]

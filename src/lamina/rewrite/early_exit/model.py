@@ -154,20 +154,20 @@ class EarlyExitModel(nn.Module):
         result = self._run(run, args, kwargs)
         self._check(len(run.streams))
         h = torch.stack([self._read(x, mask) for x in run.streams], dim=1)
-        scores = self._scores(self.dropout(h))
-        found: dict[str, Tensor] = {"exit_logits": scores}
+        found: dict[str, Tensor] = {"exit_logits": self._scores(self.dropout(h))}
         if self.lambda_head is not None:
             found["lambda_logits"] = self.lambda_head(h)
             found["exit_log_p"] = exit_distribution(found["lambda_logits"])
         if not self.training:
             layer = torch.full((len(h),), self.depth, device=h.device)
-            logits = _expected(scores, found["exit_log_p"])
+            logits = _expected(found["exit_logits"], found["exit_log_p"])
             return _with(result, {"logits": logits, "exit_layer": layer})
-        # Zero, but a path to every parameter: other objectives read `logits` alone, and gradients of data-parallel
-        # processes wait for each parameter.
+        # Zero, but a path to every parameter: an objective may read a part of this, and data-parallel processes wait
+        # for the gradient of each parameter.
         unused = [t.float().sum() for t in (*found.values(), *_own_tensors(result))]
-        logits = scores[:, -1] + (0.0 * torch.stack(unused).sum()).to(scores.dtype)
-        return _with(result, {"logits": logits, **found})
+        scores = found["exit_logits"]
+        found["exit_logits"] = scores + (0.0 * torch.stack(unused).sum()).to(scores.dtype)
+        return _with(result, {"logits": found["exit_logits"][:, -1], **found})
 
     def _leaving(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> Any:
         compact = self.compact and not (torch.compiler.is_compiling() and _in_a_graph())
