@@ -23,24 +23,34 @@ BASE_STD = 0.02
 """Of the base's projections, as in the authors' code."""
 
 
-def check_alike(model: nn.Module, trunk: Trunk) -> None:
-    """Refuse a trunk whose blocks cannot come from one base and slope; see `LinearExpansion` for what is raised."""
+def check_trunk(model: nn.Module, trunk: Trunk) -> None:
+    """Refuse a trunk that is no container of blocks alone; see `LinearExpansion` for what is raised."""
     where, name = trunk.path or "the model itself", type(model).__name__
     if trunk.repeats > 1:
         raise AnatomyError(f"{where} of {name} runs one block's weights {trunk.repeats} times: its slope is 0 already")
     container = anatomy.get(model, trunk.path)
-    children = [f"{trunk.path}.{child}" for child in container._modules]
     if not trunk.path or not isinstance(container, (nn.ModuleList, nn.Sequential)):
         raise AnatomyError(
             f"{where} of {name} is a {type(container).__name__}, expected a ModuleList or Sequential of blocks inside "
             "the model"
         )
+    children = [f"{trunk.path}.{child}" for child in container._modules]
     if children != [b.path for b in trunk.blocks]:
         raise AnatomyError(f"{where} of {name} holds other modules beside its blocks: {', '.join(children)}")
-    if len(trunk.blocks) < 2:
-        raise AnatomyError(f"{where} of {name} has one block: a line over depth needs at least two")
-    _check_same(where, [anatomy.get(model, b.path) for b in trunk.blocks])
-    _check_own(model, trunk)
+
+
+def blocks_at(model: nn.Module, path: str) -> list[nn.Module]:
+    """Return the blocks in the container at a path, if one base and slope can stand for them.
+
+    Raises:
+        LaminaError, AnatomyError: see `LinearExpansion`.
+    """
+    blocks = list(anatomy.get(model, path).children())
+    if len(blocks) < 2:
+        raise AnatomyError(f"{path} of {type(model).__name__} has one block: a line over depth needs at least two")
+    _check_same(path, blocks)
+    _check_own(model, path, blocks)
+    return blocks
 
 
 def drawn(block: nn.Module, slope_std: float, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -100,12 +110,15 @@ def renumbered(blocks: list[nn.Module], old: Sequence[nn.Module]) -> list[nn.Mod
         for core in anatomy.attention_cores(block, ""):
             core.layer_idx = place  # type: ignore[assignment]
     rates = [_drop_path(block) for block in old]
+    moulds = {name: module.get_submodule(name) for module, found in zip(old, rates, strict=True) for name in found}
     for place, block in enumerate(blocks):
         at = place * (len(old) - 1) / max(len(blocks) - 1, 1)
         low, high = rates[int(at)], rates[min(int(at) + 1, len(old) - 1)]
-        for name in low.keys() & high.keys():
-            module = block.get_submodule(name)
-            setattr(module, _rate_of(module), low[name] + (at - int(at)) * (high[name] - low[name]))
+        for name, mould in moulds.items():
+            rate = low.get(name, 0.0) + (at - int(at)) * (high.get(name, 0.0) - low.get(name, 0.0))
+            if rate and not _rate_of(block.get_submodule(name)):
+                anatomy.swap(block, name, copy.deepcopy(mould))
+            setattr(block.get_submodule(name), _rate_of(mould), rate)
     return blocks
 
 
@@ -134,10 +147,11 @@ def _check_same(where: str, blocks: Sequence[nn.Module]) -> None:
 
 
 def _difference(first: nn.Module, other: nn.Module) -> str:
-    one, two = ({n: type(m) for n, m in b.named_modules()} for b in (first, other))
-    if one != two:
-        names = sorted({n for n, _ in one.items() ^ two.items()})
-        return f"the modules {', '.join(names[:3])}"
+    # What has no tensors may differ, as stochastic depth does that is nn.Identity at rate 0: it stays with its layer.
+    one, two = ({n: type(m) for n, m in b.named_modules() if m._parameters or m._buffers} for b in (first, other))
+    for name in sorted(one.keys() & two.keys()):
+        if one[name] is not two[name]:
+            return f"the class of {name}: {one[name].__name__} and {two[name].__name__}"
     for kind, mine, theirs in (
         ("parameter", dict(first.named_parameters()), dict(other.named_parameters())),
         ("buffer", dict(first.named_buffers()), dict(other.named_buffers())),
@@ -153,25 +167,19 @@ def _difference(first: nn.Module, other: nn.Module) -> str:
     return ""
 
 
-def _check_own(model: nn.Module, trunk: Trunk) -> None:
+def _check_own(model: nn.Module, path: str, blocks: Sequence[nn.Module]) -> None:
     """Refuse tensors of blocks that cannot be moved along a line, or that something else holds too."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
-    for block in trunk.blocks:
-        for name, parameter in anatomy.get(model, block.path).named_parameters():
-            full = f"{block.path}.{name}"
-            if isinstance(parameter, DTensor):
-                raise LaminaError(
-                    f"{full} is sharded: take the model back first (lamina.parallel.data_parallel.gather)"
-                )
-            if not parameter.is_floating_point():
-                raise AnatomyError(f"{full} holds {parameter.dtype}: quantised blocks have no line over depth")
-            if len(places[id(parameter)]) > 1:
-                raise AnatomyError(
-                    f"one parameter stands at {', '.join(places[id(parameter)][:3])}: what is tied cannot vary with "
-                    "depth"
-                )
+    for parameter in (p for block in blocks for p in block.parameters()):
+        held = places[id(parameter)]
+        if isinstance(parameter, DTensor):
+            raise LaminaError(f"{held[0]} is sharded: take the model back first (lamina.parallel.data_parallel.gather)")
+        if not parameter.is_floating_point():
+            raise AnatomyError(f"{held[0]} holds {parameter.dtype}: quantised blocks have no line over depth")
+        if len(held) > 1:
+            raise AnatomyError(f"one parameter stands at {', '.join(held[:3])}: what is tied cannot vary with depth")
 
 
 def _normal(like: Tensor, std: float, key: str) -> Tensor:

@@ -251,7 +251,8 @@ def _storage(tensor: Tensor) -> int:
 
 def _layer(stack: ExpandedStack, place: int, block: nn.Module, held: Mapping[str, tuple[Tensor, bool]]) -> nn.Module:
     layer = _bare_layer(type(block))
-    own = set(nn.Module().__dict__)
+    # A forward that was set on the block (an exit after it) is called there.
+    own = {*nn.Module().__dict__, "forward"}
     layer.__dict__.update({name: value for name, value in block.__dict__.items() if name not in own})
     owners = []
     for name, (buffer, saved) in held.items():

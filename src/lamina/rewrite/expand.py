@@ -2,13 +2,15 @@
 
     gene = rewrite(model, LinearExpansion())       # layer l of L: base + (l / L) * slope, of every tensor of the block
     ...                                            # train it, as a rule by distillation
-    small, large = (rewrite(copy.deepcopy(gene), Expand(depth)) for depth in (4, 12))       # ordinary models
+    model = rewrite(gene, Expand(8))               # an ordinary model again, of any depth
+    models = descendants(gene, range(2, 13))       # or one of each
 
 Source: Xia et al., Transformer as Linear Expansion of Learngene (AAAI 2024), arXiv 2312.05614.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +21,20 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lamina import anatomy
-from lamina.anatomy import Trunk
 from lamina.batches import Batch, bare
 from lamina.errors import AnatomyError, LaminaError
 from lamina.lineage import Lineage
 from lamina.registry import register
 from lamina.rewrite._drop_apply import find_trunk
-from lamina.rewrite._expand_blocks import check_alike, drawn, expanded, put, renumbered
+from lamina.rewrite._expand_blocks import blocks_at, check_trunk, drawn, expanded, put, renumbered
 from lamina.rewrite._expanded_stack import ExpandedStack as ExpandedStack
 from lamina.rewrite._expanded_stack import interpolate as interpolate
 from lamina.rewrite._expanded_stack import named_buffers, without_tensors
+from lamina.rewrite.rewriting import Pass, history, pass_name, rewrite
 
 SOURCE = "Xia et al. 2024, arXiv 2312.05614"
+
+_WATCH_BLOCKS = frozenset({"depth_routing", "early_exit", "truncate"})
 
 Init = Literal["random", "fit"]
 
@@ -128,19 +132,17 @@ class LinearExpansion:
     def decide(self, model: nn.Module, data: Iterable[Batch] | None = None) -> ExpansionDecision:
         """Check that the blocks are alike and, for a fit, how near to a line they are; change nothing."""
         model = bare(model)
-        trunk = self._checked(model)
+        path, blocks = self._found(model)
         r2 = None
         if self.init == "fit":
-            r2 = fit_linear([_detached(anatomy.get(model, b.path)) for b in trunk.blocks])[2]
-            _warn_of_curves(r2, anatomy.get(model, trunk.blocks[0].path))
-        depth = len(trunk.blocks) if self.depth is None else self.depth
-        return ExpansionDecision(trunk.path, depth, self.init, self.slope_std, self.seed, r2)
+            r2 = fit_linear([_detached(block) for block in blocks])[2]
+            _warn_of_curves(r2, blocks[0])
+        depth = len(blocks) if self.depth is None else self.depth
+        return ExpansionDecision(path, depth, self.init, self.slope_std, self.seed, r2)
 
     def apply(self, model: nn.Module, decision: ExpansionDecision, lineage: Lineage) -> nn.Module:
         """Put base and slope where the blocks are, in place; of "fit" the state of the first block follows."""
-        trunk = find_trunk(model, decision.trunk)
-        check_alike(model, trunk)
-        blocks = [anatomy.get(model, b.path) for b in trunk.blocks]
+        blocks = blocks_at(model, decision.trunk)
         first = dict(blocks[0].named_parameters())
         if decision.init == "fit":
             base, slope, _ = fit_linear([_detached(b) for b in blocks])
@@ -155,7 +157,7 @@ class LinearExpansion:
             {n: (t if place < len(blocks) else t.clone(), saved) for n, (t, saved) in named_buffers(blocks[i]).items()}
             for place, i in enumerate(sources)
         ]
-        container = anatomy.get(model, trunk.path)
+        container = anatomy.get(model, decision.trunk)
         assert isinstance(container, (nn.ModuleList, nn.Sequential))
         stack = ExpandedStack(
             {n: pair[0] for n, pair in trained.items()},
@@ -164,17 +166,27 @@ class LinearExpansion:
             buffers,
             container,
         )
-        put(model, trunk.path, stack, len(blocks), sources)
+        put(model, decision.trunk, stack, len(blocks), sources)
         return model
+
+    def conflicts(self, earlier: Pass[Any]) -> str | None:
+        """Say why this pass cannot follow `earlier`; None where it can."""
+        name = pass_name(earlier)
+        return f"{name} watches the blocks it saw; expand first" if name in _WATCH_BLOCKS else None
 
     def fits(self, model: nn.Module) -> None:
         """Raise what `decide` would where the blocks are not alike; looks at no data."""
-        self._checked(bare(model))
+        self._found(bare(model))
 
-    def _checked(self, model: nn.Module) -> Trunk:
+    def _found(self, model: nn.Module) -> tuple[str, list[nn.Module]]:
+        watching = next((r.name for r in history(model) if r.name in _WATCH_BLOCKS), None)
+        if watching:
+            raise AnatomyError(
+                f"{type(model).__name__} went through {watching}, which watches its blocks: expand first"
+            )
         trunk = find_trunk(model, self.trunk)
-        check_alike(model, trunk)
-        return trunk
+        check_trunk(model, trunk)
+        return trunk.path, blocks_at(model, trunk.path)
 
 
 @register("pass", source=SOURCE)
@@ -215,6 +227,18 @@ class Expand:
                 lineage.derive(new, base[name])
         put(model, path, stack.holding(blocks), stack.depth, sources)
         return model
+
+
+def descendants(model: nn.Module, depths: Iterable[int], *, trunk: str | None = None) -> dict[int, nn.Module]:
+    """Make one ordinary model of each depth from an expanded one, which stays as it is.
+
+    No two share a tensor: each can be trained, saved and cut on its own.
+
+    Raises:
+        LaminaError, AnatomyError: see `Expand`.
+    """
+    passes = {depth: Expand(depth, trunk=trunk) for depth in depths}
+    return {depth: rewrite(copy.deepcopy(bare(model)), one) for depth, one in passes.items()}
 
 
 def find_stack(model: nn.Module, trunk: str | None = None) -> tuple[str, ExpandedStack]:
