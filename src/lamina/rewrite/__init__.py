@@ -43,6 +43,7 @@ from lamina.rewrite.expand import ExpandDecision as ExpandDecision
 from lamina.rewrite.expand import ExpandedStack as ExpandedStack
 from lamina.rewrite.expand import ExpansionDecision as ExpansionDecision
 from lamina.rewrite.expand import LinearExpansion as LinearExpansion
+from lamina.rewrite.expand import descendants as descendants
 from lamina.rewrite.expand import fit_linear as fit_linear
 from lamina.rewrite.expand import interpolate as interpolate
 from lamina.rewrite.fold import Fold as Fold
