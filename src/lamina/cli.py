@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -89,9 +90,13 @@ def rewrite_command(
         typer.Option(help="Data node for passes that look at activations; a language model is shown library text."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the rewritten model.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--train", metavar="RECIPE", help="Train the result as RECIPE says, with this model and PASS."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Rewrite a saved model by passes and save the result."""
+    """Rewrite a saved model by passes and save the result, trained again where --train says how."""
     from lamina.errors import LaminaError
     from lamina.io import load, save
     from lamina.recipe import build
@@ -101,6 +106,9 @@ def rewrite_command(
         raise LaminaError("say where the rewritten model goes (--out FOLDER), or only look (--dry-run)")
     built = [build(_node(text, "PASS"), "pass", f"PASS {i}") for i, text in enumerate(passes, 1)]
     check_order(built)
+    if recipe is not None and not dry_run:
+        print(f"saved in {save(_rewritten_and_trained(model, passes, recipe), out)}")  # type: ignore[arg-type]
+        return
     loaded = load(model)
     batches = _standard(loaded, model) if data is None else _calibration(build(_node(data, "--data"), "data", "--data"))
     for text, one in zip(passes, built, strict=True):
@@ -152,6 +160,18 @@ def explain(
 
     what = {"rows": rows, "columns": columns} if rows or columns or svd else {}
     run(model, example, out, outputs=output, svd=svd, count=count, rule=rule, size=size, mean=mean, std=std, **what)
+
+
+@app.command("convert-distillation")
+def convert_distillation_command(
+    file: Annotated[Path, typer.Argument(help="Configuration of torchdistill (YAML).")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the recipes, one a stage; without it, print.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Turn a torchdistill configuration into recipes and list what has no counterpart; nothing in it is imported."""
+    from lamina.train.convert_torchdistill import show
+
+    show(file, out)
 
 
 @app.command()
@@ -215,6 +235,18 @@ def _read(arguments: Sequence[str]) -> Recipe:
     if len(recipes) > 1:
         raise LaminaError(f"expected one recipe and overrides like optimizer.lr=1e-3, got {', '.join(recipes)}")
     return load(find_recipe(recipes[0] if recipes else FIRST), overrides)
+
+
+def _rewritten_and_trained(folder: Path, passes: Sequence[str], recipe: str) -> nn.Module:
+    """Train a recipe whose model and passes are these; an objective that wants a teacher is told before each pass."""
+    from lamina.recipe import check, load
+    from lamina.train.run import run
+
+    nodes = [_node(text, "PASS") for text in passes]
+    saved = {"name": "lamina.io:load", "folder": str(folder)}
+    rewrites = [{"at": "before", **({"name": node} if isinstance(node, str) else node)} for node in nodes]
+    read = load(find_recipe(recipe))
+    return run(check(dataclasses.replace(read, model=saved, rewrite=rewrites), choices_allowed=False)).model
 
 
 def _node(text: str, what: str) -> Any:
@@ -300,7 +332,7 @@ def _estimates(recipe: Recipe) -> list[str]:
     """Build the data, the model on no memory, and the optimizer; say what a step costs."""
     from lamina.errors import RecipeError
     from lamina.recipe import build, objectives, open_choice
-    from lamina.train.preflight import refuse_misfits, try_batch
+    from lamina.train.preflight import refuse_misfits, refuse_objective, try_batch
 
     if any(open_choice(getattr(recipe, key)) for key in ("model", "data", "objective", "optimizer", "rewrite")):
         return ["a search space: sizes depend on the choices (`lamina search` runs it)"]
@@ -311,6 +343,7 @@ def _estimates(recipe: Recipe) -> list[str]:
     for i, node in enumerate(objectives(recipe)):
         place = f"objective[{i}]" if isinstance(recipe.objective, list) else None
         objective = build(node, "objective", place, model=model, **data.sizes)
+        refuse_objective(objective, model, data, recipe.rewrite, place or "objective")
         try:
             untried = untried or try_batch(model.to("meta"), objective, data)
         except RecipeError:

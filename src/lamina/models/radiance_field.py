@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.nn.fields import OccupancyGrid, VolumeRenderer
+from lamina.nn.fields.render import check_rays
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
 
@@ -20,8 +22,8 @@ from lamina.registry import Slot, register
 class RadianceField(nn.Module):
     """A field of any representation and the renderer that looks at it.
 
-    origins (N, 3), unit directions (N, 3) -> rgb (N, 3) in 0..1, float32; safe under autocast. From photographs it is
-    trained by `regression` on their pixels (`scenes` with views="photographs"), from another field by
+    origins (N, 3), directions (N, 3) of any length -> rgb (N, 3) in 0..1, float32; safe under autocast. From
+    photographs it is trained by `regression` on their pixels (`scenes` with views="photographs"), from another field by
     `volume_distillation`; `convert_field` replaces the field.
 
     Args:
@@ -60,6 +62,8 @@ class RadianceField(nn.Module):
 
     def forward(self, origins: Tensor, directions: Tensor) -> Tensor:
         """Return what is seen along the rays."""
+        check_rays(origins, directions, unit=False)
+        directions = F.normalize(directions, dim=1)
         color: Tensor = self.renderer(self.field, origins, directions, self.occupancy).color
         return color
 

@@ -175,8 +175,8 @@ def through_box(origins: Tensor, directions: Tensor, bound: float) -> tuple[Tens
     return near, torch.maximum(near, far)
 
 
-def check_rays(origins: Tensor, directions: Tensor) -> None:
-    """Refuse what is no (R, 3) with one unit direction each.
+def check_rays(origins: Tensor, directions: Tensor, *, unit: bool = True) -> None:
+    """Refuse what is no (R, 3) with one direction each, where `unit` of length 1.
 
     Raises:
         ShapeError: says what was given.
@@ -187,7 +187,7 @@ def check_rays(origins: Tensor, directions: Tensor) -> None:
         )
     if not origins.is_floating_point() or not directions.is_floating_point():
         raise ShapeError(f"rays must be floating-point, got {origins.dtype} and {directions.dtype}")
-    if torch.compiler.is_compiling() or directions.is_meta:
+    if not unit or torch.compiler.is_compiling() or directions.is_meta:
         return
     off = (directions.detach().float().norm(dim=1) - 1).abs()
     if len(off) and not bool(off.max() < 1e-2):
