@@ -8,10 +8,15 @@ robust           rules that a faulty minority cannot carry away: median, trimmed
 flag_aggregator  the same by projection onto the subspace that explains most workers best
 flag_subspace    that subspace, from the workers' inner products
 lost_worker      a worker that is gone is named
+coding           exact gradients without waiting for stragglers, coded in one step or over several
+stragglers       how long that takes: a simulator, and the choice of parameters by it
 throttled        any of them over a slower link, to measure
 """
 
 from lamina.gradients.budget import solve_budget as solve_budget
+from lamina.gradients.coding import GradientCoding as GradientCoding
+from lamina.gradients.coding import MultiplexedCoding as MultiplexedCoding
+from lamina.gradients.coding import SelectiveRepetition as SelectiveRepetition
 from lamina.gradients.compression import QSGD as QSGD
 from lamina.gradients.compression import Compressor as Compressor
 from lamina.gradients.compression import PowerSGD as PowerSGD
@@ -32,4 +37,7 @@ from lamina.gradients.robust import Median as Median
 from lamina.gradients.robust import Phocas as Phocas
 from lamina.gradients.robust import RobustRule as RobustRule
 from lamina.gradients.robust import TrimmedMean as TrimmedMean
+from lamina.gradients.stragglers import ArrivalModel as ArrivalModel
+from lamina.gradients.stragglers import select_parameters as select_parameters
+from lamina.gradients.stragglers import simulate as simulate
 from lamina.gradients.throttled import Throttled as Throttled

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lamina.batches import Batch
 from lamina.errors import LaminaError
-from lamina.gradients.coding.reducers import CodedReducer
+from lamina.gradients.coding.coded_reducer import CodedReducer
 from lamina.gradients.coding.tasks import (
     Objective,
     check_sums,

@@ -13,7 +13,7 @@ from lamina.gradients.coding.scheme import Item, Scheme
 
 
 class Ledger:
-    """Messages of the jobs in flight. Uncoded ones are added up as they come; coded ones wait until the job is whole.
+    """Messages of the jobs in flight: uncoded ones are added up as they come, coded ones wait until the job is whole.
 
     Args:
         scheme: whose messages.
@@ -48,7 +48,8 @@ class Ledger:
         elif item.job in self._sums:
             self._sums[item.job].add_(message)
         else:
-            self._sums[item.job] = message.clone()
+            # In float64 the order in which messages come does not show.
+            self._sums[item.job] = message.double()
 
     def decodable(self, job: int) -> bool:
         """Say whether the job's messages suffice."""
@@ -58,7 +59,7 @@ class Ledger:
         )
 
     def decode(self, job: int) -> Tensor:
-        """Return the sum over all of a job's chunks, and forget the job.
+        """Return the sum over all of a job's chunks, in float64, and forget the job.
 
         Raises:
             NotDecodable: messages are missing (they are named); nothing is forgotten.
@@ -73,7 +74,7 @@ class Ledger:
             raise NotDecodable(f"job {job}: {error}") from error
         total = self._sums.pop(job, None)
         for part in decoded:
-            total = part if total is None else total.add_(part)
+            total = part.double() if total is None else total.add_(part)
         assert total is not None
         self._own.pop(job, None)
         self._coded.pop(job, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ from lamina.errors import LaminaError
 
 COUNT = "lamina.count"
 """Name under which the number of what a loss is a mean over travels with the gradients, and is decoded like them."""
+
+_ONE = threading.RLock()
+"""The random state is the process's: workers that are threads take turns."""
 
 Objective = Callable[[nn.Module, Batch], Mapping[str, Any]]
 """Returns at least `loss`, a mean, and `count`, over how many."""
@@ -42,7 +46,7 @@ def seeded(seed: int, job: int, chunk: int, device: torch.device | None = None) 
     """Let random layers draw what they draw for this chunk of this job on every worker; the state comes back after."""
     digest = hashlib.blake2b(f"{seed}:{job}:{chunk}".encode(), digest_size=8).digest()
     devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _ONE, torch.random.fork_rng(devices=devices):
         torch.manual_seed(int.from_bytes(digest, "big") >> 1)
         yield
 
