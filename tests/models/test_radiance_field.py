@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from tests.contract.example import Example
@@ -9,9 +12,10 @@ from lamina import data, io
 from lamina.data import Loader
 from lamina.data.scenes import looking_at_middle, rays_of
 from lamina.errors import LaminaError, ShapeError
-from lamina.models import RadianceField
+from lamina.models import RadianceField, turntable
 from lamina.nn import GridField
 from lamina.objectives import Regression
+from lamina.train import report
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -75,3 +79,30 @@ def test_directions_are_brought_to_length_one() -> None:
 def test_a_field_of_pictures_is_refused() -> None:
     with pytest.raises(LaminaError, match="dim 3"):
         RadianceField(GridField(resolution=4, dim=2))
+
+
+def test_a_turn_round_the_scene_shows_each_side_and_stands_in_the_report(tmp_path: Path) -> None:
+    model = RadianceField(GridField(resolution=9), samples=24).train()
+    with torch.no_grad():
+        model.field.values.zero_()
+        model.field.values[:, 0] = -9.0
+        one_side = (model.field.vertices() - torch.tensor([0.5, 0.0, 0.0])).norm(dim=1) < 0.4
+        model.field.values[one_side, 0] = 6.0
+        model.field.values[one_side, 1] = -20.0  # no red
+    seen = turntable(model, count=4, size=12)
+    assert seen.shape == (12, 48, 3)
+    assert model.training
+    cameras = [looking_at_middle(90.0 * i, 25.0, 3.2) for i in range(4)]
+    middle = torch.tensor([[6.0, 6.0]])
+    for i, camera in enumerate(cameras):
+        rays = rays_of(camera[None], middle, (12, 12), 6 / math.tan(0.5 * 0.6911))
+        expected = model.eval()(**rays)[0].detach()
+        corner = seen[5:7, 12 * i + 5 : 12 * i + 7].flatten(0, 1)
+        assert float((corner.mean(0) - expected).abs().max()) < 0.25
+    # From the side the ball is to the left of the middle, from the opposite side to the right.
+    red = seen[..., 0].unflatten(1, (4, 12)).mean(0)
+    assert (red[1, :6].mean() < red[1, 6:].mean()) != (red[3, :6].mean() < red[3, 6:].mean())
+    (tmp_path / "metrics.jsonl").write_text("")
+    page = report.write(tmp_path, pictures=model.pictures()).read_text()
+    assert "A turn round the scene" in page
+    assert "data:image/png;base64,iVBOR" in page

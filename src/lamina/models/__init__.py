@@ -73,6 +73,7 @@ from lamina.models.prototype_explanation import nearest_training as nearest_trai
 from lamina.models.prototype_network import PrototypeNetwork as PrototypeNetwork
 from lamina.models.prototype_network import PrototypeOutput as PrototypeOutput
 from lamina.models.radiance_field import RadianceField as RadianceField
+from lamina.models.radiance_field import turntable as turntable
 from lamina.models.raft_mlp import RaftMLP as RaftMLP
 from lamina.models.raft_mlp import load_raft_mlp as load_raft_mlp
 from lamina.models.raft_mlp import mixer_b16_e2 as mixer_b16_e2

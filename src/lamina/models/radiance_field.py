@@ -5,12 +5,14 @@ Source: Mildenhall et al., NeRF (2020), arXiv 2003.08934; Fang et al. (AAAI 2023
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lamina.data.scenes import RADIUS, VIEW, looking_at_middle, rays_of
 from lamina.errors import LaminaError
 from lamina.nn.fields import OccupancyGrid, VolumeRenderer
 from lamina.nn.fields.render import check_rays
@@ -77,3 +79,32 @@ class RadianceField(nn.Module):
         if self.occupancy is None:
             raise LaminaError("the model has no occupancy grid: build it with occupancy=128 (cells a side)")
         return self.occupancy.update(self.field, threshold).share
+
+    def pictures(self) -> dict[str, Tensor]:
+        """Return what a report shows of the model: name -> (H, W, 3)."""
+        return {"a turn round the scene": turntable(self)}
+
+
+@torch.no_grad()
+def turntable(model: nn.Module, count: int = 8, size: int = 64, elevation: float = 25.0) -> Tensor:
+    """Return views from all round, side by side: (size, count * size, 3).
+
+    Args:
+        model: origins (N, 3), unit directions (N, 3) -> rgb (N, 3), such as a `RadianceField`; its mode is kept.
+        count: views, at equal angles.
+        size: pixels a side of each.
+        elevation: of the cameras, in degrees; they stand as far away as those of `scenes`.
+    """
+    bound = float(getattr(getattr(model, "field", None), "bound", 1.0))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    line, focal = torch.arange(size) + 0.5, 0.5 * size / math.tan(0.5 * VIEW)
+    pixels = torch.stack([line.repeat(size), line.repeat_interleave(size)], dim=1)
+    was_training = model.training
+    model.eval()
+    views = []
+    for i in range(count):
+        camera = looking_at_middle(360 * i / count, elevation, RADIUS * bound).expand(len(pixels), 4, 4)
+        rays = rays_of(camera, pixels, (size, size), focal)
+        views.append(model(rays["origins"].to(device), rays["directions"].to(device)).view(size, size, 3))
+    model.train(was_training)
+    return torch.cat(views, dim=1)

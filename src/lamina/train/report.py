@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io as text_io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lamina.train.metrics import read
 from lamina.train.outcome import Stage
@@ -40,19 +43,29 @@ batch; rate and memory of training.</p>
 {{ r.scores | safe }}
 <details><summary class="quiet">the decision</summary><pre>{{ r.decision }}</pre></details>
 {% endfor %}{% endif %}
-<h2>Recipe</h2><pre>{{ recipe }}</pre>
+{% for name, data in pictures %}<h2>{{ name | capitalize }}</h2>
+<p><img alt="{{ name }}" style="max-width: 100%" src="data:image/png;base64,{{ data }}"></p>
+{% endfor %}<h2>Recipe</h2><pre>{{ recipe }}</pre>
 <h2>Machine</h2><pre>{{ environment }}</pre>
 </body></html>
 """
 
 
-def write(folder: str | Path, stages: Sequence[Stage] = (), *, title: str | None = None, unit: str = "tokens") -> Path:
+def write(
+    folder: str | Path,
+    stages: Sequence[Stage] = (),
+    *,
+    title: str | None = None,
+    unit: str = "tokens",
+    pictures: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write `report.html` from what a run left in its folder; return its path. The file needs no other.
 
     Args:
         stages: of the run, for the table (loss, parameters, rate and memory before and after each pass).
         title: default: the folder's name.
         unit: what rates count, tokens or rows.
+        pictures: what the trained model shows of itself, name -> (H, W, 3) in 0..1.
     """
     from jinja2 import Environment
 
@@ -66,12 +79,22 @@ def write(folder: str | Path, stages: Sequence[Stage] = (), *, title: str | None
         stages=[stage_cells(s) for s in stages],
         curves=curves(rows),
         rewrites=[_rewrite(r, d) for r, d in _with_decisions(rows, folder)],
+        pictures=[(name, _png(values)) for name, values in (pictures or {}).items()],
         recipe=_text(folder / "recipe.yaml"),
         environment=_text(folder / "environment.json"),
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _png(values: Tensor) -> str:
+    """Return an image (H, W, 3) in 0..1 as a PNG file, in base64."""
+    from matplotlib.image import imsave
+
+    file = text_io.BytesIO()
+    imsave(file, values.clamp(0, 1).cpu().numpy(), format="png")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def header(unit: str) -> tuple[str, ...]:

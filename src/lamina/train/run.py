@@ -69,7 +69,8 @@ run = train
 
 def _leave(done: Run, recipe: Recipe, path: Path) -> None:
     io.save(done.model, path / MODEL, base=_base(done.model, recipe, done))
-    _show(done, report.write(path, done.stages, title=recipe.report.get("title"), unit=done.unit))
+    shown = getattr(done.model, "pictures", dict)()
+    _show(done, report.write(path, done.stages, title=recipe.report.get("title"), unit=done.unit, pictures=shown))
 
 
 def trainer(recipe: Recipe, world: World, folder: Path | None) -> Trainer:
