@@ -159,8 +159,12 @@ class Distillation(nn.Module):
             return {**mean(student.new_zeros(student.shape[:-1]), kept), "active": student.new_zeros(())}
         seen, self._seen = self._seen or {}, None
         if self.terms:
-            counted = mean(student.detach().new_zeros(student.shape[:-1]), kept)["count"]
-            return self._sum({**seen, PREDICTION: student}, batch, kept, counted)
+            count = (
+                torch.tensor(float(student.shape[:-1].numel()), device=student.device)
+                if kept is None
+                else kept.sum().float()
+            )
+            return self._sum({**seen, PREDICTION: student}, batch, kept, count)
         taught = self._taught(batch)
         goal = taught[PREDICTION]
         if goal.shape != student.shape:
@@ -212,15 +216,16 @@ class Distillation(nn.Module):
     def _sum(self, student: Mapping[Place, Tensor], batch: Batch, kept: Tensor | None, count: Tensor) -> Losses:
         terms = self.active_terms()
         self._check_watched(student, [p for t in terms for p in t.student])
-        # Without a term there is nothing to learn, but something to go back through.
-        total = torch.zeros((), device=count.device) if terms else student[PREDICTION].sum() * 0.0
         found: Losses = {}
+        parts: list[Tensor] = []
         taught = self._taught(batch) if terms else {}
         for term in terms:
             value = term(student, taught, batch, kept)
-            total = total + term.weight * value
+            parts.append(value if term.weight == 1.0 else term.weight * value)
             name = term.name if term.name not in found else f"{term.name}_{len(found)}"
             found[name] = value.detach()
+        # Without a term there is nothing to learn, but something to go back through.
+        total = sum(parts[1:], parts[0]) if parts else student[PREDICTION].sum() * 0.0
         active = torch.tensor(float(bool(terms)), device=count.device)
         return {"loss": total, "count": count, "active": active, **found}
 
