@@ -69,8 +69,9 @@ run = train
 
 def _leave(done: Run, recipe: Recipe, path: Path) -> None:
     io.save(done.model, path / MODEL, base=_base(done.model, recipe, done))
-    shown = getattr(done.model, "pictures", dict)()
-    _show(done, report.write(path, done.stages, title=recipe.report.get("title"), unit=done.unit, pictures=shown))
+    pictures: Any = getattr(done.model, "pictures", dict)
+    title = recipe.report.get("title")
+    _show(done, report.write(path, done.stages, title=title, unit=done.unit, pictures=pictures()))
 
 
 def trainer(recipe: Recipe, world: World, folder: Path | None) -> Trainer:
