@@ -30,6 +30,7 @@ raft_mixer      MLPs over columns and rows of a map, or over all of it; resize_t
 random_feature_attention  frozen random heads over a set, values in closed form; random_feature_mlp: without the set
 ridge_regression  ridge regression on features of any kind, in blocks
 token_pooling   one vector of many tokens, cut and of length one
+token_router    which tokens a layer computes, and which pass it by
 torch_layers    torch's activations and batch norms under the names recipes use
 windowed_attention  attention in windows of a sequence, shifted ones too; the merging of neighbours
 """
@@ -171,6 +172,8 @@ from lamina.nn.spectral_convolution import SpectralConvolution as SpectralConvol
 from lamina.nn.token_pooling import TokenPooling as TokenPooling
 from lamina.nn.token_pooling import cut_embedding as cut_embedding
 from lamina.nn.token_pooling import pool_tokens as pool_tokens
+from lamina.nn.token_router import TokenRouter as TokenRouter
+from lamina.nn.token_router import TokenRouting as TokenRouting
 from lamina.nn.windowed_attention import TokenMerging1d as TokenMerging1d
 from lamina.nn.windowed_attention import WindowedAttention as WindowedAttention
 from lamina.nn.windowed_attention import WindowKernel as WindowKernel

@@ -15,6 +15,7 @@ expand      two blocks that stand for a stack of any depth, and back to models o
 drop        remove attention, feed-forward or whole blocks by similarity
 truncate    the first blocks and the first numbers of an embedding
 early_exit  an exit after every block: easy inputs leave early
+depth_routing  blocks that only some of the tokens pass through
 """
 
 from lamina.rewrite.calibrate import Calibrate as Calibrate
@@ -26,6 +27,9 @@ from lamina.rewrite.conv_bn import release as release
 from lamina.rewrite.conv_bn import set_mode as set_mode
 from lamina.rewrite.convert_field import ConvertField as ConvertField
 from lamina.rewrite.convert_field import ConvertFieldDecision as ConvertFieldDecision
+from lamina.rewrite.depth_routing import DepthRouting as DepthRouting
+from lamina.rewrite.depth_routing import RoutingDecision as RoutingDecision
+from lamina.rewrite.depth_routing import attention_rank as attention_rank
 from lamina.rewrite.drop import DropAttention as DropAttention
 from lamina.rewrite.drop import DropBlock as DropBlock
 from lamina.rewrite.drop import DropDecision as DropDecision
