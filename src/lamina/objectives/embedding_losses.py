@@ -159,18 +159,21 @@ class EmbeddingClassification(OfEmbeddings):
         classes: how many there are.
         widths: of the embeddings that will come; one head each.
         label_smoothing: share of the target spread over the classes, 0..1.
+        seed: of the heads' first values.
     Raises:
         LaminaError: sizes below 1, no width. ShapeError: at the call, an embedding of another width.
     """
 
     fields: ClassVar[int] = 1
 
-    def __init__(self, classes: int, widths: Sequence[int], *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, classes: int, widths: Sequence[int], *, label_smoothing: float = 0.0, seed: int = 0) -> None:
         super().__init__(gather=False)
         if classes < 1 or not widths or min(widths) < 1:
             raise LaminaError(f"embedding_classification needs classes and widths of at least 1, got {classes} and {list(widths)}")  # fmt: skip  # noqa: E501
         self.task = Classification(label_smoothing)
-        self.heads = nn.ModuleDict({str(width): nn.Linear(width, classes) for width in sorted(set(widths))})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.heads = nn.ModuleDict({str(width): nn.Linear(width, classes) for width in sorted(set(widths))})
 
     def of(self, e: list[Tensor], batch: Batch) -> Losses:
         """Return the mean over rows."""

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from lamina.anatomy import dissect, get, swap
+from lamina.anatomy import dissect, swap
 from lamina.anatomy.exits import Exits, find_exits
 from lamina.batches import Batch, bare
 from lamina.errors import LaminaError
@@ -186,6 +186,6 @@ def _needless(model: nn.Module, exits: Exits) -> tuple[str, ...]:
             continue
         while (above := path.rpartition(".")[0]) and not any(n.startswith(f"{above}.") for n in needed):
             path = above
-        if isinstance(get(model, path), nn.Module) and path not in found:
+        if path not in found:
             found.append(path)
     return tuple(found)
