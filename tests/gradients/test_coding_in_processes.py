@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tests.gradients.test_coding_reducers import Home, objective, rows_of_job, several, uncoded
+from tests.parallel.test_data_parallel import free_port
 
 from lamina.gradients import GradientCoding, MultiplexedCoding, SelectiveRepetition
 from lamina.gradients.coding import (
@@ -106,12 +107,25 @@ def test_a_killed_process_ends_a_code_that_does_not_bear_it_by_name(tmp_path):
 
 
 def losses(folder, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
     recipe = Path(__file__).parents[2] / "recipes" / "coded.yaml"
     short = ["train.steps=8", "train.evaluate_every=4", "train.checkpoint_every=4", "train.log_every=1"]
     small = ["model.depth=2", "model.width=16", "data.source=book.txt", "data.context=16", "data.batch=12"]
     ran = subprocess.run(
-        [*command, "-m", "lamina", "train", str(recipe), "--folder", folder.name, *short, *small, *options],
+        [
+            *command,
+            "--master-port",
+            str(free_port()),
+            "-m",
+            "lamina",
+            "train",
+            str(recipe),
+            "--folder",
+            folder.name,
+            *short,
+            *small,
+            *options,
+        ],
         cwd=folder.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

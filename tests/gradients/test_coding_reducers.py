@@ -26,6 +26,8 @@ from lamina.gradients.coding import (
 )
 from lamina.gradients.coding.tasks import chunk_gradient, row_ranges
 from lamina.gradients.coding.waiting import Waiting
+from lamina.models import Transformer
+from lamina.objectives import NextToken
 from lamina.parallel.data_parallel import Placement, place
 from lamina.train.packing import pack, unpack
 
@@ -408,6 +410,39 @@ def test_alone_interleaving_is_plain_training():
     models, optimizers = several(2, drop=False)
     interleave(models, optimizers, objective, rows_of_job, GradientCoding(1), 10)
     assert_alike(models, uncoded(2, 10), atol=1e-6)
+
+
+def test_interleaving_goes_on_after_a_kill_as_if_there_had_been_none():
+    whole, optimizers = several(2)
+    interleave(whole, optimizers, objective, rows_of_job, GradientCoding(1), 9)
+    models, optimizers = several(2)
+    reducer = GradientCoding(1)
+    interleave(models, optimizers, objective, rows_of_job, reducer, 5)
+    fresh, again = GradientCoding(1), several(2)
+    fresh.load_state_dict(copy.deepcopy(reducer.state_dict()))
+    for model, other in zip(again[0], models, strict=True):
+        model.load_state_dict(other.state_dict())
+    interleave(*again, objective, rows_of_job, fresh, 9)
+    assert_alike(again[0], whole, atol=0)
+
+
+def test_a_transformers_model_and_ours_are_trained_in_turns():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, use_cache=False
+    )
+    torch.manual_seed(0)
+    made = [LlamaForCausalLM(config), Transformer(1, 8, 2, vocabulary=16, context=6)]
+    exact = copy.deepcopy(made)
+    rows = {"input_ids": torch.randint(16, (14, 6), generator=torch.Generator().manual_seed(0))}
+    for job in range(2):
+        NextToken()(exact[job], rows)["loss"].backward()
+        torch.optim.SGD(exact[job].parameters(), lr=0.1).step()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in made]
+    with LocalCrew(3) as crew:
+        train_coded(crew, MultiplexedScheme(3, 1, 2, 1), made, optimizers, NextToken(), rows, 2, wait=float("inf"))
+    assert_alike(made, exact, atol=1e-5)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

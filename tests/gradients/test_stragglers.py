@@ -72,6 +72,7 @@ def test_outside_its_model_a_scheme_waits():
     found = simulate(GradientCodingScheme(4, 2), times, jobs=3)
     assert (found.waits, list(found.rounds)) == (1, [1, 5, 1])
     assert simulate(GradientCodingScheme(4, 3), times, jobs=3).seconds == 4.0  # 1 + twice the fastest + 1
+    assert simulate(GradientCodingScheme(4, 3), times, jobs=3, compat="reference").seconds == 7.0
     ledger = Ledger(GradientCodingScheme(4, 2))
     with pytest.raises(NotDecodable):
         ledger.decode(0)

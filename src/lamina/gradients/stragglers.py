@@ -82,7 +82,14 @@ class Simulation:
 
 
 def simulate(
-    scheme: Scheme, delays: Times, mu: float = 1.0, alpha: float = 0.0, jobs: int = 80, *, base_load: float = 0.0
+    scheme: Scheme,
+    delays: Times,
+    mu: float = 1.0,
+    alpha: float = 0.0,
+    jobs: int = 80,
+    *,
+    base_load: float = 0.0,
+    compat: Literal["reference"] | None = None,
 ) -> Simulation:
     """Play a scheme against measured or drawn times; every worker takes delays + alpha (load - base_load).
 
@@ -95,6 +102,7 @@ def simulate(
         alpha: seconds that one worker takes for all of a job's data, >= 0.
         jobs: gradients that are wanted, >= 1.
         base_load: load at which the delays were measured.
+        compat: `reference`: gradient coding bears fewer than s, not s, as in the authors' simulator.
     Raises:
         LaminaError: a number out of its range, too few workers or rounds, or times that are not above 0.
     Example:
@@ -108,7 +116,7 @@ def simulate(
         )
         found = _play(family, scheme.n, delays, mu, alpha, jobs, base_load, loads, scheme.B, scheme.W, [scheme.lam])
     else:
-        bears = [None if isinstance(scheme, UncodedScheme) else scheme.s]
+        bears = [0 if isinstance(scheme, UncodedScheme) else scheme.s - (compat == "reference")]
         found = _play("gradient_coding", scheme.n, delays, mu, alpha, jobs, base_load, loads, 1, 1, bears)
     rounds, waits = found
     return Simulation(float(rounds.sum()), int(waits[0]), rounds[0])
@@ -168,8 +176,7 @@ def select_parameters(
         for B, W in _windows(name, max_delay, widest):
             lams = _candidates(name, n, B, W)
             loads = np.array([_build(name, n, B, W, lam).load for lam in lams])
-            bears: list[int | None] = [None] if name == "uncoded" else list(lams)
-            rounds, _ = _play(name, n, times, mu, alpha, jobs, base_load, loads, B, W, bears)
+            rounds, _ = _play(name, n, times, mu, alpha, jobs, base_load, loads, B, W, lams)
             totals = rounds.sum(1)
             tried += len(lams)
             at = int(totals.argmin())
@@ -232,7 +239,7 @@ def _play(
     loads: NDArray[np.float64],
     B: int,
     W: int,
-    lams: Sequence[int | None],
+    lams: Sequence[int],
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Play many settings that differ in lam (or s) side by side; return seconds (settings, rounds) and waits."""
     delay = {"selective_repetition": B, "multiplexed_coding": W - 2 + B}.get(name, 0)
@@ -240,7 +247,7 @@ def _play(
     times = _checked(delays, n, total, mu, alpha, jobs) + 0.0
     shift = alpha * (loads[:, None] - base_load)
     settings = len(loads)
-    lam = np.array([0 if v is None else v for v in lams])
+    lam = np.array(lams)
     window = _Window(settings, n, total, B, W)
     repeating = _Repeats(lam, n, total, B, W, jobs) if name == "selective_repetition" else None
     rounds, waits = np.zeros((settings, total)), np.zeros(settings, np.int64)

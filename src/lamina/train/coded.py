@@ -122,7 +122,7 @@ def coded_gradients(
     count = reduced.pop(COUNT)
     for name, parameter in parameters.items():
         parameter.grad = (reduced[name] / count.to(reduced[name])).view_as(parameter)
-    nothing = torch.zeros((), dtype=torch.float64)
+    nothing = torch.zeros((), dtype=torch.float64, device=world.device)
     return sum(terms, nothing), sum(counts, nothing), losses, batch
 
 

@@ -99,6 +99,10 @@ class CodedReducer(Stateless):
     def delay(self) -> int:
         """Steps from a job's first round to the one in which it is decoded, among more than one worker."""
 
+    def round(self, world: int) -> int:
+        """Return the number of the next round: how many there were, those before a resume among them."""
+        return self._ready(world)[1].round
+
     def chunks(self, world: int) -> int:
         """Return into how many chunks a job's rows are cut."""
         return len(self.sizes(world))
@@ -133,9 +137,11 @@ class CodedReducer(Stateless):
             ShapeError: the gradients are not stacked, one slice a task.
         """
         link = self._connected(group)
+        scheme, progress = self._ready(1 if link is None else link.workers)
         if link is None:
+            self.decoded = progress.round
+            progress.record(())
             return dict(gradients)
-        scheme, progress = self._ready(link.workers)
         rank = link.rank
         planned = progress.plan()[rank]
         items = planned if progress.round > self._closed else []

@@ -41,6 +41,8 @@ def interleave(
 
     Every worker calls this alike; the models may differ from each other. Rank 0's first values win.
 
+    To go on after a kill, give models, optimizers and reducer their states back and call it again alike.
+
     Args:
         models: at least delay + 1 of them; they end alike on every worker.
         optimizers: one a model.
@@ -64,7 +66,7 @@ def interleave(
             for tensor in (*model.parameters(), *model.buffers()):
                 torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
     sizes = reducer.sizes(world)
-    for round in range(steps + delay):
+    for round in range(reducer.round(world), steps + delay):
         rows: list[Tensor] = []
         for task in reducer.tasks(round, rank, world):
             job, chunk = divmod(task, len(sizes))
