@@ -176,6 +176,10 @@ def test_in_evaluation_it_is_the_loss_where_each_row_left() -> None:
         found = objective.loss(left, {"labels": labels})
         torch.testing.assert_close(found["loss"], F.cross_entropy(scores, labels))
         assert (found["depth"], found["accuracy"], found["count"]) == (2.5, 0.5, 2)
+        # Before it has exits a model is measured as it is: training evaluates it ahead of the first rewrite.
+        plain = objective.loss(scores, {"labels": labels})
+        assert torch.equal(plain["loss"], found["loss"])
+        assert "depth" not in plain
 
 
 def test_it_goes_beside_a_teacher() -> None:
@@ -201,7 +205,7 @@ def test_bad_options_are_refused(make: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize(("given", "labels", "words"), [
-    ({"logits": torch.zeros(2, 3)}, [0, 1], "rewrite it first"),
+    ({"logits": torch.zeros(2, 3, requires_grad=True)}, [0, 1], "rewrite it first"),
     (outputs(torch.zeros(2, 4), torch.zeros(2, 4, 3)), [0, 3], "from 0 to 3 for 3 classes"),
     (outputs(torch.zeros(2, 4), torch.zeros(2, 4, 3)), [0, -1], "from -1 to 0 for 3 classes"),
     (outputs(torch.zeros(2, 4), torch.zeros(2, 4, 3)), [[0], [1]], "one a row"),

@@ -30,6 +30,7 @@ from lamina.rewrite import (
     replay,
     rewrite,
 )
+from lamina.rewrite.early_exit.leaving import ByPatience
 
 Made = tuple[nn.Module, dict[str, Tensor]]
 
@@ -379,6 +380,13 @@ def test_patience_waits_for_answers_on_end_and_each_layer_has_its_classifier() -
         Ponder()(model.train(), {**batch, "labels": torch.zeros(5, dtype=torch.long)})
 
 
+def test_patience_begins_again_with_every_change() -> None:
+    script = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 0, 1, 0]])
+    rule = ByPatience(lambda h, layer: F.one_hot(h[:, layer - 1], 2).float(), 2, 0.1)
+    left = torch.stack([rule.leaves(script, i) for i in range(1, 6)], 1)
+    assert left.tolist() == [[False, False, False, False, True], [False, False, True, False, False], [False] * 5]
+
+
 def test_patience_with_one_number_counts_answers_that_are_near() -> None:
     torch.manual_seed(0)
     model = rewrite(
@@ -455,6 +463,9 @@ def test_it_is_saved_and_loaded_with_its_decision_also_over_a_model_of_transform
     loaded = io.load(tmp_path / "saved")
     assert torch.equal(run(loaded, batch).logits, run(model, batch).logits)
     assert loaded.q == 0.4
+    loaded.q = 0.9
+    io.save(loaded, tmp_path / "again")
+    assert io.load(tmp_path / "again").q == 0.9
 
 
 def test_after_a_drop_there_is_an_exit_less_and_not_the_other_way_round() -> None:

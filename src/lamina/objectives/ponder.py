@@ -58,17 +58,18 @@ class _Exits:
         raise NotImplementedError
 
     def _left(self, outputs: Any, labels: Tensor) -> Losses:
-        """Loss of a model in evaluation, of each row where it left."""
-        layer = _entry(outputs, "exit_layer")
-        if layer is None:
+        """Loss of a model in evaluation: of each row where it left, or (before it is rewritten) at the end."""
+        layer, scores = _entry(outputs, "exit_layer"), logits(outputs)
+        if layer is None and scores.requires_grad:
             raise LaminaError(
-                f"{self.name} needs a model with exits (exit_logits in its outputs): "
-                "rewrite it first, {name: early_exit}"
+                f"{self.name} trains a model with exits (exit_logits in its outputs): rewrite it first, "
+                "{name: early_exit}"
             )
-        scores = logits(outputs)
         asked = _asked(labels)
         losses = mean(self._errors(scores[:, None], labels)[:, 0], asked)
-        result: Losses = {**losses, "task": losses["loss"].detach(), "depth": mean(layer.float(), asked)["loss"]}
+        result: Losses = {**losses, "task": losses["loss"].detach()}
+        if layer is not None:
+            result["depth"] = mean(layer.float(), asked)["loss"]
         if scores.shape[-1] > 1 and not labels.is_floating_point():
             result["accuracy"] = mean((scores.argmax(-1) == labels).float(), asked)["loss"]
         return result

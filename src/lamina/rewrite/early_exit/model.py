@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from lamina.rewrite.early_exit.leaving import (
     Run,
 )
 from lamina.rewrite.early_exit.tail import Tail, representation, token_mask
+from lamina.rewrite.rewriting import Record, history
 
 Criterion = Literal["q", "sample", "expectation", "patience"]
 CRITERIA: tuple[Criterion, ...] = ("q", "sample", "expectation", "patience")
@@ -48,8 +49,8 @@ class EarlyExitModel(nn.Module):
       (B, n); without the last two where there is no lambda head;
     - in evaluation: `logits` of the layer each row left at, and `exit_layer` (B,), 1..n.
 
-    `q`, `patience`, `criterion` and `compact` may be set at any time. Under torch.compile and torch.export all layers
-    run for all rows, whatever `compact` says: who leaves is not known there.
+    `q`, `patience` and `criterion` may be set at any time, and are saved as set; so may `compact`, which is not. Under
+    torch.compile and torch.export all layers run for all rows, whatever `compact` says: who leaves is not known there.
     """
 
     def __init__(self, model: nn.Module, trunk: Trunk, tail: Tail, exiting: Exiting, *, compact: bool) -> None:
@@ -119,6 +120,10 @@ class EarlyExitModel(nn.Module):
         if exiting.criterion != "patience" and self.lambda_head is None:
             raise LaminaError(f"criterion={exiting.criterion!r} needs a lambda head, and these exits were made without")
         self.exiting = exiting
+        # What is saved is the decision: it says what the model does now.
+        self.lamina_history: tuple[Record, ...] = tuple(
+            replace(r, decision={**r.decision, **change}) if r.name == "early_exit" else r for r in history(self)
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model inside; see the class for what comes back.
