@@ -7,6 +7,7 @@ attention       multi-head attention on torch's scaled_dot_product_attention
 attention_kernels  what it does with queries, keys and values: windows, blocks, features, learned weights
 byte_tokens     bytes as tokens, fewer than there are bytes
 cross_attention  attention of one sequence to another, of another width
+elastic         layers and blocks that run whole or in part; which part, and what it costs
 equilibrium     mean field at its unique equilibrium: monotone couplings, proximal softmax, fixed points
 evonorm         norm and activation as one layer
 feed_forward    the plain and the gated position-wise network
@@ -43,6 +44,10 @@ from lamina.nn.byte_tokens import ByteTokens as ByteTokens
 from lamina.nn.byte_tokens import TokenReduction1d as TokenReduction1d
 from lamina.nn.byte_tokens import byte_tokens as byte_tokens
 from lamina.nn.cross_attention import CrossAttention as CrossAttention
+from lamina.nn.elastic import Subnet as Subnet
+from lamina.nn.elastic import Supernet as Supernet
+from lamina.nn.elastic import is_elastic as is_elastic
+from lamina.nn.elastic import supernet as supernet
 from lamina.nn.equilibrium import EquilibriumHead as EquilibriumHead
 from lamina.nn.equilibrium import MeanFieldEquilibrium as MeanFieldEquilibrium
 from lamina.nn.evonorm import EvoNorm as EvoNorm

@@ -11,6 +11,7 @@ masked_marginals  what was hidden of a Boltzmann machine's variables
 ponder        mean loss under a learned distribution of exits; weighted_exits: every exit's, weighted
 prototype     the four terms of a prototype network; the two penalties beside any objective
 contrastive   features alike where rows are alike by what is known of them; similarity: how alike that is
+sandwich      the parts of an elastic model follow the whole, from some point of the training on
 router_loss   let the routers of a mixture of depths tell by themselves what its top-k takes
 slow_kernels  let the slow kernels of a network's blocks agree
 relative_lp   error of fields relative to the target; relative_sobolev: with their derivatives
@@ -43,6 +44,7 @@ from lamina.objectives.prototype import PrototypePenalties as PrototypePenalties
 from lamina.objectives.relative_error import RelativeLp as RelativeLp
 from lamina.objectives.relative_error import RelativeSobolev as RelativeSobolev
 from lamina.objectives.router import RouterLoss as RouterLoss
+from lamina.objectives.sandwich import Sandwich as Sandwich
 from lamina.objectives.similarity import anatomical as anatomical
 from lamina.objectives.similarity import cauchy as cauchy
 from lamina.objectives.similarity import gaussian as gaussian

@@ -16,6 +16,7 @@ drop        remove attention, feed-forward or whole blocks by similarity
 truncate    the first blocks and the first numbers of an embedding
 early_exit  an exit after every block: easy inputs leave early
 depth_routing  blocks that only some of the tokens pass through
+elastic     fewer blocks, channels and taps of one trained network; extract: one such part as a plain model
 """
 
 from lamina.rewrite.calibrate import Calibrate as Calibrate
@@ -42,6 +43,9 @@ from lamina.rewrite.early_exit import ExitDecision as ExitDecision
 from lamina.rewrite.early_exit import LambdaHead as LambdaHead
 from lamina.rewrite.early_exit import exit_distribution as exit_distribution
 from lamina.rewrite.early_exit import q_exit as q_exit
+from lamina.rewrite.elastic import Elastic as Elastic
+from lamina.rewrite.elastic import ElasticDecision as ElasticDecision
+from lamina.rewrite.elastic import sort_channels as sort_channels
 from lamina.rewrite.expand import Expand as Expand
 from lamina.rewrite.expand import ExpandDecision as ExpandDecision
 from lamina.rewrite.expand import ExpandedStack as ExpandedStack
@@ -50,6 +54,9 @@ from lamina.rewrite.expand import LinearExpansion as LinearExpansion
 from lamina.rewrite.expand import descendants as descendants
 from lamina.rewrite.expand import fit_linear as fit_linear
 from lamina.rewrite.expand import interpolate as interpolate
+from lamina.rewrite.extract import Extract as Extract
+from lamina.rewrite.extract import ExtractDecision as ExtractDecision
+from lamina.rewrite.extract import cut_out as cut_out
 from lamina.rewrite.fold import Fold as Fold
 from lamina.rewrite.fold import FoldDecision as FoldDecision
 from lamina.rewrite.grow import GrowDecision as GrowDecision
