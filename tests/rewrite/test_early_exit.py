@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tests.contract.example import Example
 from tests.contract.foreign import HomeMade, vision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lamina import io, probe
 from lamina.anatomy import dissect, get
@@ -349,6 +350,8 @@ def test_depth_does_not_fall_with_q_and_does_not_vary_and_a_draw_follows_the_dis
 
 def test_the_expectation_is_the_mean_of_the_answers() -> None:
     model, original, batch = exits("ours", criterion="expectation")
+    for one in (model.model, original):
+        one.head.weight.data.mul_(50.0)
     p, answers = by_hand(model, original, batch)
     expected = (p[..., None] * answers.softmax(-1)).sum(1)
     torch.testing.assert_close(run(model, batch)["logits"].softmax(-1), expected)
@@ -416,6 +419,18 @@ def test_a_bare_encoder_gets_a_classifier_and_its_pooler_is_used(pool: Any, caus
     # What the classifier does not read still counts for the gradients of data-parallel processes.
     model.train()(**batch).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_without_a_mask_a_mean_is_of_all_tokens_though_one_is_the_padding() -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    bare, ids = BertModel(BertConfig(vocab_size=32, pad_token_id=0, **sizes)).eval(), tokens(3, 7)
+    ids[:, 2] = 0
+    hidden = run(bare, {"input_ids": ids}).last_hidden_state
+    model = rewrite(bare, EarlyExit(classes=2, pool="mean", q=1.0), data=[text()]).eval()
+    torch.testing.assert_close(run(model, {"input_ids": ids}).logits, model.classifier(hidden.mean(1)))
 
 
 def test_new_weights_hang_on_the_seed_alone_and_pretrained_ones_are_used() -> None:
@@ -556,6 +571,29 @@ def test_decoders_go_without_cache_and_do_not_generate() -> None:
         model.generate(batch["input_ids"])
     with pytest.raises(LaminaError, match="it is causal"):
         EarlyExit(pool="cls").decide(model.model, [batch])
+
+
+def test_gradient_checkpointing_of_either_kind_changes_no_gradient() -> None:
+    class Checkpointed(HomeMade):
+        reentrant: bool | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.read(x)[0]
+            for block in self.stack:
+                x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+            return self.answer(self.norm(x)).mean(1)
+
+    torch.manual_seed(0)
+    batch = {"inputs": torch.randn(5, 7, 5), "labels": torch.arange(5) % 3}
+    model = rewrite(Checkpointed().eval(), EarlyExit(), data=[batch])
+    assert isinstance(model, EarlyExitModel)
+    found = []
+    for model.model.reentrant in (None, False, True):
+        model.zero_grad()
+        Ponder()(in_training_without_dropout(model), batch)["loss"].backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
 
 
 def test_setting_q_to_what_cannot_be_is_refused_and_changes_nothing() -> None:

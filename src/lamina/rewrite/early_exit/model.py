@@ -138,7 +138,7 @@ class EarlyExitModel(nn.Module):
             kwargs = kwargs if "use_cache" in given else {**kwargs, "use_cache": False}
         elif given.get("cache") is not None:
             raise LaminaError("a row that left has no keys in later layers: exits go without a cache")
-        mask = token_mask(self.model, given)
+        mask = token_mask(self.model, given, self.tail.pool)
         if self.training or self.criterion == "expectation":
             return self._every_layer(args, kwargs, mask)
         return self._leaving(args, kwargs, mask)

@@ -91,13 +91,14 @@ def representation(model: nn.Module, tail: Tail, stream: Tensor, mask: Tensor | 
     return apply_steps(model, tail.after, h)
 
 
-def token_mask(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Find which tokens are real: the attention mask, else where the ids are not the config's padding."""
+def token_mask(model: nn.Module, inputs: Mapping[str, Any], pool: Pool | None) -> Tensor | None:
+    """Find which tokens are real: the attention mask; without one, for the "last", where ids are not the padding."""
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask
     ids, pad = inputs.get("input_ids"), getattr(getattr(model, "config", None), "pad_token_id", None)
-    return None if pad is None or not isinstance(ids, Tensor) else ids != pad
+    # A mean without a mask is one over all tokens, as attention without one is.
+    return ids != pad if pool == "last" and pad is not None and isinstance(ids, Tensor) else None
 
 
 def find_tail(
@@ -117,7 +118,7 @@ def find_tail(
     fixed = _fixed(model, trunk, batch)
     batch = rows(batch, 3)
     stream, modules, result = _watched(model, trunk, batch)
-    mask = token_mask(model, batch)
+    mask = token_mask(model, batch, pool)
     target, is_answer = _target(model, result, classes, pool)
     if is_answer and target.dim() != 2:
         raise AnatomyError(
