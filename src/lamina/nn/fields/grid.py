@@ -68,10 +68,10 @@ class GridField(Field):
         """Return s (N,) and, in place of the feature, the harmonics' coefficients (N, 3 * bands^2)."""
         last = self.resolution - 1
         # The last vertex belongs to the last cell.
-        p = self.in_unit(x) * last
-        cell = p.detach().floor().clamp(max=last - 1)
-        axes, weight = corners(p, cell)
-        index = row_numbers(axes, [self.resolution**i for i in range(self.dim)])
+        p = self.in_unit(x).T.contiguous() * last
+        axes, weight = corners(p, p.detach().floor().clamp(max=last - 1))
+        numbers = row_numbers(axes, [self.resolution**i for i in range(self.dim)])
+        index, weight = (v.flatten(0, self.dim - 1).T for v in (numbers, weight))
         if self.rows is not None:
             index = self.rows[index.long()]
         found = weighted_rows(self.values, index, weight)

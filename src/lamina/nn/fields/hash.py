@@ -82,28 +82,30 @@ class HashField(FieldWithNetworks):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the interpolated features of all levels: (N, levels * features)."""
-        index, weight = self.vertices(x)
-        found = weighted_rows(self.table, index.flatten(0, 1), weight.flatten(0, 1))
-        return found.reshape(len(x), -1)
+        index, weight = (v.transpose(0, 1).flatten(0, 1) for v in self.vertices(x))
+        found = weighted_rows(self.table, index, weight)
+        return found.unflatten(0, (len(self.scales), len(x))).transpose(0, 1).flatten(1)
 
     def vertices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return rows of the table and their weights: two times (N, levels, 2^dim)."""
         scales = torch.tensor(self.scales, device=x.device)
-        p = self.in_unit(x)[:, None] * scales[:, None] + 0.5
+        p = self.in_unit(x).T.contiguous()[:, None] * scales[:, None] + 0.5
         axes, weight = corners(p, p.detach().floor())
         if self.wide:
             axes = [a.long() for a in axes]
         dense, kind = len(self.strides), axes[0].dtype
         parts = []
         if dense:
-            side = torch.tensor(self.strides, device=x.device, dtype=kind).reshape(-1, *(1,) * self.dim)
-            parts.append(row_numbers([a[:, :dense] for a in axes], [side**i for i in range(self.dim)]))
+            side = torch.tensor(self.strides, device=x.device, dtype=kind)[:, None]
+            parts.append(row_numbers([a[..., :dense, :] for a in axes], [side**i for i in range(self.dim)]))
         if dense < len(self.scales):
-            mixed = [a[:, dense:] * p for a, p in zip(axes, self.primes, strict=True)]
-            hashed = functools.reduce(torch.bitwise_xor, mixed) & (self.limit - 1)
-            parts.append(hashed.flatten(-self.dim))
+            mixed = [a[..., dense:, :] * p for a, p in zip(axes, self.primes, strict=True)]
+            parts.append(functools.reduce(torch.bitwise_xor, mixed) & (self.limit - 1))
         starts = torch.tensor(self.starts, device=x.device, dtype=kind)
-        return torch.cat(parts, dim=1) + starts[:, None], weight
+        index = torch.cat(parts, dim=-2) + starts[:, None]
+        # Seen as asked; in memory the points stay together.
+        found = (v.flatten(0, self.dim - 1).permute(2, 1, 0) for v in (index, weight))
+        return next(found), next(found)
 
     def extra_repr(self) -> str:
         """Say the sizes."""

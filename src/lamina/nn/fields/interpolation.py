@@ -51,23 +51,24 @@ class _WeightedRows(torch.autograd.Function):
 def corners(p: Tensor, low: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the corners of the cells in which points are, and how near the points are to them.
 
+    Coordinates come first, and corners before points: each operation then runs along the points.
+
     Args:
-        p: points (..., dim) in units of cells. low: the lower corners of their cells, whole numbers, same shape.
+        p: points (dim, ..., N) in units of cells. low: the lower corners of their cells, whole numbers, same shape.
     Returns:
-        the lower corner and the next by axis, int32, each (..., 2, 1, 1) with the 2 at that axis' place; and weights
-        (..., 2^dim), the last axis fastest.
+        the lower corner and the next by axis, int32, each (2, 1, 1, ..., N) with the 2 at that axis' place; and weights
+        (2, 2, 2, ..., N).
     """
-    dim, part = p.shape[-1], p - low
+    dim, part = len(p), p - low
     axes, weights = [], []
     for i in range(dim):
-        shape = [*p.shape[:-1], *(2 if k == i else 1 for k in range(dim))]
-        first = low[..., i].int()
-        axes.append(torch.stack([first, first + 1], -1).reshape(shape))
-        weights.append(torch.stack([1 - part[..., i], part[..., i]], -1).reshape(shape))
-    return axes, functools.reduce(torch.mul, weights).reshape(*p.shape[:-1], 2**dim)
+        shape = [*(2 if k == i else 1 for k in range(dim)), *p.shape[1:]]
+        first = low[i].int()
+        axes.append(torch.stack([first, first + 1]).reshape(shape))
+        weights.append(torch.stack([1 - part[i], part[i]]).reshape(shape))
+    return axes, functools.reduce(torch.mul, weights)
 
 
 def row_numbers(axes: Sequence[Tensor], strides: Sequence[Tensor | int]) -> Tensor:
-    """Return sum_i axis_i * stride_i over all corners: (..., 2^dim)."""
-    found = functools.reduce(torch.add, [a * s for a, s in zip(axes, strides, strict=True)])
-    return found.flatten(-len(axes))
+    """Return sum_i axis_i * stride_i over all corners: (2, 2, 2, ..., N)."""
+    return functools.reduce(torch.add, [a * s for a, s in zip(axes, strides, strict=True)])
