@@ -63,6 +63,8 @@ class Place:
     norm: str
     """Path, in the block, of the norm whose output the router reads."""
     scale: Scale
+    scaled: str | None
+    """Path, in the block, of the module whose output is all that the feed-forward adds, where that is scaled."""
     positions: Positions
     causal: bool
 
@@ -76,12 +78,12 @@ class Routed:
         block: nn.Module,
         routing: TokenRouting,
         place: Place,
-        scaled: Scaled | None,
         protected: Protected,
         masks: Masks,
     ) -> None:
         self.plain, self.block, self.routing, self.place = plain, block, routing, place
-        self.scaled, self.protected, self.masks = scaled, protected, masks
+        self.protected, self.masks = protected, masks
+        self._scaled()
         self.__signature__ = inspect.signature(plain)
         self.names = tuple(self.__signature__.parameters)
         self.ends: tuple[None, ...] | None = None
@@ -101,6 +103,9 @@ class Routed:
         z = self.block.get_submodule(self.place.norm)(x)
         if self.routing.by_rank:
             return self._by_rank(x, given, self.routing(z, self.protected.mask, real))
+        if x.is_meta:
+            # Nobody knows which tokens would enter; the shapes are the same.
+            return self.plain(*args, **kwargs)
         if not torch.compiler.is_compiling():
             return self._by_threshold(x, given, z, real)
         if find_cache(given):
@@ -220,15 +225,16 @@ class Routed:
 
     def _run(self, x: Tensor, p: Tensor | None, given: Mapping[str, Any]) -> Any:
         """Run the block on (B, k, C), scaled by the probabilities (B, k)."""
-        if self.scaled is not None:
-            self.scaled.weight = None if p is None else p[..., None]
-            self.scaled.keep = self.block.training and getattr(self.block, "gradient_checkpointing", False)
-            self.scaled.ran = False
+        scaled = self._scaled()
+        if scaled is not None:
+            scaled.weight = None if p is None else p[..., None]
+            scaled.keep = self.block.training and getattr(self.block, "gradient_checkpointing", False)
+            scaled.ran = False
         result = self.plain(x, **given)
-        if self.scaled is not None and not self.scaled.ran:
+        if scaled is not None and not scaled.ran:
             raise LaminaError(
-                f"the feed-forward of {type(self.block).__name__} that depth routing scales did not run: it was "
-                "replaced after routing; replace first, then route"
+                f"{self.place.scaled} of {type(self.block).__name__}, which depth routing scales, did not run: it is "
+                "no longer the block's feed-forward"
             )
         if self.place.scale == "block" and p is not None:
             y = _stream(result)
@@ -236,6 +242,15 @@ class Routed:
         self.ends = (None,) * (len(result) - 1) if isinstance(result, (tuple, list)) else None
         self.known = True
         return result
+
+    def _scaled(self) -> Scaled | None:
+        """Return what scales the feed-forward; hung on anew where another pass has put another module there."""
+        if self.place.scaled is None:
+            return None
+        module = self.block.get_submodule(self.place.scaled)
+        if not isinstance(module.forward, Scaled):
+            module.forward = Scaled(module.forward)
+        return module.forward
 
     def _ranks(self, index: Tensor, valid: Tensor | None, real: Tensor | None) -> Tensor | None:
         """With compact positions: from which token (B, k) each takes its position, the i-th from the i-th real one."""

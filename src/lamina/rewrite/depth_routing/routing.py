@@ -20,7 +20,7 @@ from lamina.registry import register
 from lamina.rewrite._drop_apply import find_trunk, lenders, refuse_shared
 from lamina.rewrite._fused_layer import leave_fused_path
 from lamina.rewrite.depth_routing.arguments import Masks
-from lamina.rewrite.depth_routing.block import Place, Positions, Protected, Routed, Scale, Scaled
+from lamina.rewrite.depth_routing.block import Place, Positions, Protected, Routed, Scale
 from lamina.rewrite.depth_routing.entry import Entry
 from lamina.rewrite.depth_routing.rank import attention_rank
 from lamina.rewrite.rewriting import Pass, pass_name
@@ -350,17 +350,14 @@ def _route(
 ) -> None:
     module, attention = get(model, block.path), block.find("attention")
     assert attention is not None
-    scaled = None
-    if decision.scale == "mlp":
-        part = get(model, _scaled_path(block))
-        scaled = part.forward = Scaled(part.forward)
+    scaled = _scaled_path(block).removeprefix(f"{block.path}.") if decision.scale == "mlp" else None
     norm = attention.norms[0].removeprefix(f"{block.path}.")
-    place = Place(norm, decision.scale, decision.positions, trunk.causal)
+    place = Place(norm, decision.scale, scaled, decision.positions, trunk.causal)
     masks = Masks(module, tuple(inspect.signature(module.forward).parameters))
     leave_fused_path(model, block.path)
     routing.train(module.training)
     module.register_module("routing", routing)
-    module.forward = Routed(module.forward, module, routing, place, scaled, protected, masks)
+    module.forward = Routed(module.forward, module, routing, place, protected, masks)
 
 
 def _scaled_path(block: Block) -> str:
