@@ -82,6 +82,7 @@ def test_cosent_equals_a_loop_over_pairs_and_perfect_order_costs_little():
     assert ordered["loss"] < 0.01
 
 
+@pytest.mark.slow  # Importing their library takes seconds; loops by hand say the same.
 def test_sentence_transformers_computes_the_same():
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     e = embeddings(3)

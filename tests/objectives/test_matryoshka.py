@@ -188,6 +188,20 @@ def test_the_order_of_sizes_is_irrelevant_and_the_generic_list_fits_any_depth():
     assert "loss/4x32" in Matryoshka(CoSENT())(model, batch)
 
 
+def test_two_dimensional_matryoshka_is_two_layers_at_all_widths():
+    model, batch = bert().eval(), texts()
+    objective = Matryoshka(CoSENT(), PAIRS, select="random", kl=None, seed=3)
+    drawn = objective._drawn(4, training=False)[0]
+    found = objective(model, batch)
+    expected = sum(
+        CoSENT().loss({"embeddings": [embedded(model, t, n, d) for t in batch["texts"]]}, batch)["loss"]
+        for n in (drawn, 4)
+        for _, d in PAIRS
+    )
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow  # Importing their library takes seconds.
 def test_two_dimensional_matryoshka_equals_that_of_sentence_transformers(monkeypatch):
     theirs = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     sentence_transformers = pytest.importorskip("sentence_transformers")

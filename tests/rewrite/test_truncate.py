@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from tests.contract.example import Example
 from tests.contract.foreign import HomeMade, home_made, llama
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from lamina import io
 from lamina.batches import call
 from lamina.errors import AnatomyError, LaminaError
 from lamina.models import Transformer
-from lamina.nn import cut_embedding
+from lamina.nn import cut_embedding, pool_tokens
 from lamina.objectives._exit_vectors import exit_vectors, exits_of
 from lamina.rewrite import (
     DropAttention,
@@ -73,8 +74,7 @@ def at_size(model: nn.Module, batch: Any, layers: int, width: int, pool: Any = "
     return cut_embedding(exit_vectors(model, batch, exits_of(model), [layers], pool)[layers], width)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("pool", ["mean", "cls", "last"])
+@pytest.mark.parametrize(("name", "pool"), [*((name, "mean") for name in MODELS), ("bert", "cls"), ("ours", "last")])
 def test_a_truncated_model_gives_what_the_whole_gives_at_that_size(name, pool):
     make, batch = MODELS[name]
     model, given = make(), batch()
@@ -173,6 +173,7 @@ def test_a_checkpointed_model_trains_and_keeps_nothing_of_the_second_pass():
     copy.deepcopy(small)
 
 
+@pytest.mark.slow  # Contract tests save, load and compile truncated models.
 def test_it_is_exported_saved_and_loaded(tmp_path):
     model, given = bert("BertForMaskedLM"), padded()
     small = rewrite(model, Truncate(2, 8))
@@ -190,6 +191,25 @@ def vocabulary(folder: Any) -> Any:
     return transformers.BertTokenizer(str(folder / "vocab.txt"), model_max_length=16)
 
 
+def test_the_folder_holds_the_blocks_that_are_left_and_says_what_follows(tmp_path):
+    tokenizer = vocabulary(tmp_path)
+    small, given = rewrite(bert("BertForMaskedLM"), Truncate(2, 8)), padded()
+    folder = export_sentence_transformers(small, tmp_path / "folder", tokenizer)
+    modules = json.loads((folder / "modules.json").read_text())
+    assert [m["type"].rpartition(".")[2] for m in modules] == ["Transformer", "Pooling", "Dense", "Normalize"]
+    assert json.loads((folder / "config_sentence_transformers.json").read_text())["truncate_dim"] == 8
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    assert [k for k, v in pooling.items() if v is True] == ["pooling_mode_mean_tokens"]
+    body = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
+    assert len(body.encoder.layer) == 2
+    with safe_open(str(folder / "2_Dense" / "model.safetensors"), framework="pt") as stored, torch.no_grad():
+        rows = (
+            pool_tokens(body(**given).last_hidden_state, given["attention_mask"]) @ stored.get_tensor("linear.weight").T
+        )
+        torch.testing.assert_close(nn.functional.normalize(rows), small(**given))
+
+
+@pytest.mark.slow  # Importing their library takes seconds; the folder is read without it above.
 @pytest.mark.parametrize(("width", "pool"), [(8, "mean"), (16, "cls"), (8, "last")])
 def test_sentence_transformers_loads_the_folder_with_the_same_embeddings(tmp_path, width, pool):
     library = pytest.importorskip("sentence_transformers")
