@@ -241,11 +241,27 @@ def test_no_layers_tensors_are_kept_for_backward_and_a_change_in_between_is_an_e
     with pytest.raises(RuntimeError, match="changed in place"):
         answer.square().mean().backward()
     stack.tensors = summed  # type: ignore[method-assign]
-    x = torch.randn(2, 4, 16, requires_grad=True)
-    model(inputs_embeds=x).square().mean().backward()
-    # Transforms of torch.func allow no hooks.
-    found = torch.func.grad(lambda x: model(inputs_embeds=x).square().mean())(x.detach())
-    torch.testing.assert_close(found, x.grad)
+    # Transforms of torch.func, with which one takes gradients row by row, allow no hooks.
+    named = dict(model.named_parameters())
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, tensors, (foreign.tokens(),)).square().mean()
+
+    model.zero_grad()
+    call(model, tokens()).square().mean().backward()
+    found = torch.func.grad(loss)({n: p.detach() for n, p in named.items()})
+    for name, parameter in named.items():
+        torch.testing.assert_close(found[name], parameter.grad)
+
+
+def test_torchs_own_encoder_takes_a_mask_of_padding() -> None:
+    model, batch = torchs()
+    expanded = trained(rewrite(model, LinearExpansion()), batch)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    before = expanded(batch["inputs"], src_key_padding_mask=mask)
+    after = rewrite(copy.deepcopy(expanded), Expand()).eval()(batch["inputs"], src_key_padding_mask=mask)
+    torch.testing.assert_close(after, before)
 
 
 def test_an_affine_stack_is_fitted_exactly_and_stays_what_it_is() -> None:

@@ -127,7 +127,8 @@ def put(model: nn.Module, path: str, container: nn.ModuleList | nn.Sequential, b
     anatomy.swap(model, path, container)
     set_depth(model, path, before, sources)
     # torch's own encoder reads the weights of its first layer.
-    leave_fused_path(model, f"{path}.{next(iter(container.named_children()))[0]}")
+    first = next(name for name, child in container.named_children() if child is container[0])
+    leave_fused_path(model, f"{path}.{first}")
 
 
 def _check_same(where: str, blocks: Sequence[nn.Module]) -> None:
