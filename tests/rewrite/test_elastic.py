@@ -181,6 +181,10 @@ def test_a_part_computes_what_it_does_by_hand(mode: str, size: int, sort: bool) 
     net = supernet(model)
     net.set({**net.smallest().to_dict(), "depth": (2, 1)})
     torch.testing.assert_close(out(model, {"x": images(2, size)}), expected, rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        cut = cut_out(model, {**net.smallest().to_dict(), "depth": (2, 1)})
+    torch.testing.assert_close(out(cut, {"x": images(2, size)}), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_smaller_kernel_is_the_middle_until_its_map_learns_and_steps_follow_one_another() -> None:

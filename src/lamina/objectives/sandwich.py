@@ -113,8 +113,10 @@ class Sandwich(Penalized):
         if not share:
             alone: Losses = self.base(model, batch)
             return alone
+        net = supernet(model)
+        net.set(net.full())
         losses, predictions, again = self._whole(model, batch)
-        found = [self._part(model, subnet, predictions, again, batch) for subnet in self.draw(supernet(model))]
+        found = [self._part(model, net, part, predictions, again, batch) for part in self.draw(net)]
         total = losses["loss"] + share * torch.stack(found).sum()
         result = {**losses, "loss": total, "smallest": found[0].detach()}
         result["measure"] = losses.get("measure", losses["loss"]).detach()
@@ -132,10 +134,12 @@ class Sandwich(Penalized):
         if not share:
             yield self.base(model, batch)["loss"]
             return
+        net = supernet(model)
+        net.set(net.full())
         losses, predictions, again = self._whole(model, batch)
         yield losses["loss"]
-        for subnet in self.draw(supernet(model)):
-            yield share * self._part(model, subnet, predictions, again, batch)
+        for part in self.draw(net):
+            yield share * self._part(model, net, part, predictions, again, batch)
 
     def draw(self, net: Supernet) -> list[Subnet]:
         """Return the parts of this step: the smallest, then the random ones; the same on every process."""
@@ -162,11 +166,16 @@ class Sandwich(Penalized):
         return losses, logits(outputs).detach(), lambda part: part(*args, **kwargs)
 
     def _part(
-        self, model: nn.Module, subnet: Subnet, goal: Tensor, again: Callable[[nn.Module], Any], batch: Batch
+        self,
+        model: nn.Module,
+        net: Supernet,
+        part: Subnet,
+        goal: Tensor,
+        again: Callable[[nn.Module], Any],
+        batch: Batch,
     ) -> Tensor:
         """Return what one part lacks to predict what the whole does."""
-        net = supernet(model)
-        with net.running_as(subnet), undistracted(net.model):
+        with net.running_as(part), undistracted(net.model):
             predicted = logits(again(_runner(model, net)))
         if predicted.shape != goal.shape:
             raise ShapeError(f"a part predicts {tuple(predicted.shape)}, the whole {tuple(goal.shape)}")

@@ -24,6 +24,7 @@ from lamina.batches import Batch
 from lamina.errors import LaminaError
 from lamina.lineage import Lineage
 from lamina.nn.elastic import ElasticBlock, ElasticLayer, Subnet, Supernet, restored, supernet
+from lamina.nn.elastic.kernels import cropped
 from lamina.nn.elastic.layers import BATCH_NORMS, CONVOLUTIONS, ElasticDepthwiseConv
 from lamina.registry import register
 from lamina.rewrite.calibrate import Calibrate, Statistics
@@ -134,9 +135,6 @@ class Extract:
             norm.running_var = torch.tensor(statistics.var, dtype=torch.float64).to(norm.running_var)
         return model
 
-    def fits(self, model: nn.Module) -> None:
-        """Say nothing before the model is elastic: another pass of the recipe may make it so."""
-
     def _subnet(self, net: Supernet) -> Subnet:
         if isinstance(self.config, str):
             return net.smallest() if self.config == "smallest" else net.full()
@@ -178,9 +176,7 @@ def sliced(layer: nn.Module, kept: Kept, lineage: Lineage) -> nn.Module:
     if weight is not None:
         taken = weight.detach()
         if kept.kernel is not None and isinstance(layer, ElasticDepthwiseConv):
-            layer.elastic_kernel = kept.kernel
-            taken = layer.kernel().detach()
-            layer.elastic_kernel = None
+            taken = cropped(weight.detach(), layer.elastic_maps, layer.elastic_kernels, kept.kernel).detach()
         taken = _take(taken, makes, 1 if transposed else 0)
         taken = (
             taken if isinstance(layer, ElasticDepthwiseConv) or is_norm else _take(taken, reads, 0 if transposed else 1)
@@ -259,7 +255,7 @@ def _take(tensor: Tensor, index: Tensor | None, dim: int) -> Tensor:
 
 
 def _index(numbers: tuple[int, ...] | None, layer: nn.Module) -> Tensor | None:
-    device = next(t.device for t in (*layer.parameters(), *layer.buffers()))
+    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
     return None if numbers is None else torch.tensor(numbers, dtype=torch.long, device=device)
 
 

@@ -206,7 +206,7 @@ def elastic_layer(
     over = layer_kind(module)
     assert over is not None
     new: Any = reclassed(module, over)
-    device = next(t.device for t in (*module.parameters(), *module.buffers()))
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
     new.elastic_reads, new.elastic_makes = reads, makes
     new.elastic_in = new.elastic_out = None
     for name, order in (("elastic_in_order", in_order), ("elastic_out_order", out_order)):

@@ -39,4 +39,10 @@ class Subnet:
                 raise LaminaError(f"a sub-network has no axis {name!r}{nearest(str(name), known)}")
             if not isinstance(numbers, (list, tuple)) or not all(isinstance(n, (int, float)) for n in numbers):
                 raise LaminaError(f"{name} of a sub-network is a list of numbers, one a place, got {numbers!r}")
-        return cls(**{name: tuple(numbers) for name, numbers in value.items()})
+        axes: dict[str, Any] = {name: tuple(map(_whole, numbers)) for name, numbers in value.items()}
+        return cls(**axes)
+
+
+def _whole(number: float) -> float:
+    """Return 2.0 as 2: a file may have made real numbers of all."""
+    return int(number) if number == int(number) else number
