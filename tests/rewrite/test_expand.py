@@ -405,11 +405,12 @@ def test_buffers_and_drop_path_follow_their_layers() -> None:
 
 
 def test_blocks_are_independent_after_expanding_and_modes_and_freezing_are_kept() -> None:
-    model = rewrite(ours(), LinearExpansion())
+    plain: Any = ours()
+    plain.blocks[1].eval()
+    model = rewrite(plain, LinearExpansion())
     stack_of(model).slope.requires_grad_(False)
-    model.train()
-    stack_of(model)[1].eval()
-    plain: Any = rewrite(model, Expand(4))
+    assert [layer.training for layer in stack_of(model)] == [True, False, True]
+    plain = rewrite(model, Expand(4))
     assert [b.mixer.training for b in plain.blocks] == [True, False, True, True]
     assert len({p.data_ptr() for p in plain.parameters()}) == len({id(p) for p in plain.parameters()})
     kept = {n: p.detach().clone() for n, p in plain.named_parameters() if not n.startswith("blocks.1")}

@@ -118,7 +118,7 @@ class ExpandedStack(nn.ModuleList):
         self._owners = [(n, _owner(trees[0], n), _owner(trees[1], n), n.rpartition(".")[2]) for n in base]
         for place, (block, held) in enumerate(zip(blocks, buffers, strict=True)):
             self._add(str(place), _layer(self, place, block, held))
-        self.train(container.training)
+        self.training = container.training
 
     def tensors(self, place: int) -> dict[str, Tensor]:
         """Return the tensors of one layer, by their path in the block."""
@@ -254,6 +254,7 @@ def _layer(stack: ExpandedStack, place: int, block: nn.Module, held: Mapping[str
     # A forward that was set on the block (an exit after it) is called there.
     own = {*nn.Module().__dict__, "forward"}
     layer.__dict__.update({name: value for name, value in block.__dict__.items() if name not in own})
+    layer.training = block.training
     owners = []
     for name, (buffer, saved) in held.items():
         path, _, last = f"held.{name}".rpartition(".")
