@@ -238,6 +238,7 @@ def test_layers_drawn_are_in_the_state_and_the_same_in_every_evaluation():
     assert set(seen) == set(range(1, 9))
     two.load_state_dict(one.state_dict())
     assert [one._drawn(9, training=True) for _ in range(9)] == [two._drawn(9, training=True) for _ in range(9)]
+    assert len({tuple(one._drawn(9, training=False)) for _ in range(9)}) == 1
     model.eval()
     assert one(model, batch)["loss"] == Matryoshka(CoSENT(), PAIRS, select="random", seed=1)(model, batch)["loss"]
 
