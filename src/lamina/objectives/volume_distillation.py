@@ -44,8 +44,8 @@ class VolumeDistillation(nn.Module):
 
     Args:
         teacher: a field, a model with one inside, or the node of such a model
-            (`{name: "lamina.io:load", folder: runs/hash/model}`); None: the model before its latest rewrite, and until
-            then the loss is 0.
+            (`{name: "lamina.io:load", folder: runs/hash/model}`), frozen from then on; None: the model before its
+            latest rewrite, and until then the loss is 0.
         renderer: a `VolumeRenderer`, or its options by name; None: the student's own.
         stages: fractions of training at which stage 1 and stage 2 end, told by `set_progress`; (0, 0) = all at once.
         weights: of the distances `feature`, `density`, `color`, `render`; what is not named stays as published.

@@ -16,8 +16,6 @@ from lamina.nn.fields.spherical_harmonics import spherical_harmonics
 LOWEST, HIGHEST = -2.0, 7.0
 """Log-densities outside carry no visual meaning: they are clipped before anything else is done with them."""
 
-SOURCE = "Fang et al., One is All: Progressive Volume Distillation (AAAI 2023), arXiv 2211.15977"
-
 
 class Field(nn.Module):
     """Root of the fields here. Anything with `bound`, `geometry` and `color` of this shape is a field to the rest.

@@ -17,8 +17,8 @@ def spherical_harmonics(d: Tensor, bands: int) -> Tensor:
         ShapeError: bands outside 1..4.
     Source: Sloan, Stupid spherical harmonics (SH) tricks (2008), appendix A2.
     Example:
-        >>> spherical_harmonics(torch.tensor([[0.0, 0.0, 1.0]]), 2)
-        tensor([[ 0.2821, -0.0000,  0.4886, -0.0000]])
+        >>> spherical_harmonics(torch.tensor([[0.6, 0.0, 0.8]]), 2)
+        tensor([[ 0.2821, -0.0000,  0.3909, -0.2932]])
     """
     if not 1 <= bands <= 4:
         raise ShapeError(f"spherical harmonics have 1 to 4 bands here, got {bands}")
