@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -29,6 +29,10 @@ from lamina.rewrite._export_sentence_transformers import export_sentence_transfo
 from lamina.rewrite._sizes_table import Metric, measured
 from lamina.rewrite._sizes_table import Size as Size
 from lamina.rewrite._sizes_table import Sizes as Sizes
+from lamina.rewrite.rewriting import Pass, history, pass_name
+
+_MADE_FOR_ALL_BLOCKS = frozenset({"early_exit"})
+"""Passes after which no block may leave."""
 
 PoolingName = Literal["mean", "cls", "last"]
 
@@ -106,6 +110,7 @@ class Truncate:
     def decide(self, model: nn.Module, data: Iterable[Batch] | None = None) -> TruncateDecision:
         """Look where the blocks are and what stands behind them; the data is not looked at."""
         model = bare(model)
+        _check_history(r.name for r in history(model))
         exits = find_exits(model, self.trunk)
         if self.layers > exits.depth:
             raise LaminaError(f"truncate: cannot keep {self.layers} blocks, {exits.trunk} has {exits.depth}")
@@ -117,6 +122,11 @@ class Truncate:
         return TruncateDecision(
             exits.trunk, self.layers, self.width, self.pool, self.normalize, drop, depth=exits.depth
         )
+
+    def conflicts(self, earlier: Pass[Any]) -> str | None:
+        """Say why this pass cannot follow `earlier`; None where it can."""
+        name = pass_name(earlier)
+        return f"{name} was made for all blocks; truncate first" if name in _MADE_FOR_ALL_BLOCKS else None
 
     def apply(self, model: nn.Module, decision: TruncateDecision, lineage: Lineage) -> nn.Module:
         """Cut in place; return the model. Survivors keep their tensors, so the lineage has no entry."""
@@ -168,6 +178,12 @@ def sizes(
         small = one.apply(small, one.decide(small), Lineage())
         found.append(measured(small, batches, metric, layers, width, rounds))
     return Sizes(tuple(found))
+
+
+def _check_history(names: Iterable[str]) -> None:
+    for name in names:
+        if name in _MADE_FOR_ALL_BLOCKS:
+            raise LaminaError(f"truncate: {name} was made for all blocks of this model, none can leave: truncate first")
 
 
 def _ending(model: nn.Module) -> EmbeddingOutput | None:
