@@ -135,7 +135,7 @@ class SimilarityPreserving(_OfRows):
 
     Args:
         row_norm: 2 as in the paper; 1 is what torchdistill computes.
-    Source: Tung, Mori, Similarity-Preserving Knowledge Distillation (2019), arXiv 1907.09682, equations 1 to 4.
+    Source: Similarity-Preserving Knowledge Distillation (ICCV 2019), arXiv 1907.09682, equations 1 to 4.
     """
 
     def __init__(self, row_norm: Literal[1, 2] = 2) -> None:
