@@ -83,8 +83,13 @@ def test_it_follows_a_transformers_model_under_checkpointing():
     torch.testing.assert_close(model.model.token_router.weight.grad, wanted)
 
 
-def test_it_is_refused_without_routers_and_without_a_pass():
+def test_it_waits_for_routers_where_a_pass_will_come_and_is_refused_where_none_will():
+    objective = RouterLoss()
     with pytest.raises(LaminaError, match="needs a model with routed blocks"):
-        RouterLoss()(ours()[0], batch())
+        objective.fits(ours()[0])
+    objective.fits(ours()[0], until=0.5)
+    objective.fits(routed())
+    before = objective(ours()[0], batch())
+    assert (float(before["loss"]), int(before["count"])) == (0.0, 4)
     with pytest.raises(LaminaError, match="call the objective"):
         RouterLoss().loss(torch.zeros(1), batch())

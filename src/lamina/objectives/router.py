@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Literal
@@ -12,23 +13,24 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lamina import probe
-from lamina.batches import Batch, bare, call
+from lamina.batches import Batch, bare, call, first_input
 from lamina.errors import LaminaError
 from lamina.nn.token_router import ENTER, Choice, TokenRouting
 from lamina.objectives.objective import Losses
 from lamina.registry import register
+
+_log = logging.getLogger(__name__)
 
 
 @register("objective", source="Luo et al., gamma-MoD (2024), arXiv 2410.13859, equation 9")
 class RouterLoss:
     """Cross-entropy between each router's logits and whether its layer's top-k took the token, summed over layers.
 
-    A term beside a task's objective, with the paper's weight: `[next_token, {name: router_loss, weight: 0.01}]`. In
-    evaluation, where nothing is chosen by rank, it is 0. Logs `agreement`, the share of tokens for which a threshold of
-    0.5 decides as the top-k does. Padding is not counted.
+    A term beside a task's objective, at the paper's weight: `[next_token, {name: router_loss, weight: 0.01}]`. It is 0
+    in evaluation, where nothing is chosen by rank, and until `depth_routing` has rewritten the model, perhaps in the
+    middle of training. Logs `agreement`: the share of tokens for which a threshold of 0.5 decides as the top-k does.
+    Padding is not counted.
 
-    Raises:
-        LaminaError: a model without routed blocks.
     Source: Luo et al. (2024), arXiv 2410.13859, section 3.4. Deviation: its weight, 0.01, is the sum's that it is a
         term of.
     Example:
@@ -40,7 +42,7 @@ class RouterLoss:
 
     def __init__(self) -> None:
         self._seen: list[Choice] | None = None
-        self._training = False
+        self._training = self._told = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Run the model on the batch and return the loss."""
@@ -50,10 +52,14 @@ class RouterLoss:
 
     @contextmanager
     def _observe(self, model: nn.Module) -> Iterator[None]:
-        paths = [p for p, m in bare(model).named_modules() if isinstance(m, TokenRouting)]
+        paths, seen = _routings(model), list[Choice]()
         if not paths:
-            raise LaminaError("router_loss needs a model with routed blocks: rewrite it first, {name: depth_routing}")
-        seen: list[Choice] = []
+            if not self._told:
+                _log.info("router_loss is 0 until depth_routing has rewritten the model")
+            self._told = True
+            yield
+            self._seen = seen
+            return
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Choice) -> None:
             seen.append(output)
@@ -74,10 +80,13 @@ class RouterLoss:
             LaminaError: none did.
         """
         seen, self._seen = self._seen, None
-        if not seen:
+        if seen is None:
             raise LaminaError(
                 "router_loss looks at the routers while the model runs: call the objective, not its loss()"
             )
+        if not seen:
+            x = first_input(batch)
+            return {"loss": torch.zeros((), device=x.device), "count": torch.tensor(float(len(x)), device=x.device)}
         found = [membership_loss(c.logits, c.enters, c.real) for c in seen]
         count = found[0][1]
         if not self._training:
@@ -85,9 +94,24 @@ class RouterLoss:
         agreement = torch.stack([_agreement(c) for c in seen]).mean()
         return {"loss": torch.stack([value for value, _ in found]).sum(), "count": count, "agreement": agreement}
 
+    def fits(self, model: nn.Module, data: Any = None, until: float = 1.0) -> None:
+        """Say before training whether there is, or may come, something to look at.
+
+        Args:
+            until: fraction of training up to which the model stays as it is.
+        Raises:
+            LaminaError: nothing is routed, and nothing will be.
+        """
+        if until >= 1.0 and not _routings(model):
+            raise LaminaError("router_loss needs a model with routed blocks: rewrite it, {name: depth_routing}")
+
     def parameters(self) -> Iterator[Parameter]:
         """Yield nothing: the routers are the model's."""
         return iter(())
+
+
+def _routings(model: nn.Module) -> list[str]:
+    return [path for path, module in bare(model).named_modules() if isinstance(module, TokenRouting)]
 
 
 def membership_loss(logits: Tensor, enters: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:

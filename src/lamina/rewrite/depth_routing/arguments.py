@@ -76,7 +76,7 @@ class Masks:
 
     def can(self, given: Mapping[str, Any]) -> bool:
         """Whether a mask can hide tokens from this block."""
-        return self._form() is not None or self._given(given) is not None
+        return self._form() is not None or self.given(given) is not None
 
     def without(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments without masks."""
@@ -86,7 +86,7 @@ class Masks:
         self, given: Mapping[str, Any], some: Mapping[str, Any], valid: Tensor, causal: bool, dtype: torch.dtype
     ) -> dict[str, Any]:
         """Return the arguments `some` under a mask that hides every token but the valid ones (B, k) from the others."""
-        name = self._given(given) or self.name
+        name = self.given(given) or self.name
         mask, count = _tensor(some.get(name)), valid.shape[1]
         if mask is None:
             return {**some, name: self._made(valid, count, causal, dtype)}
@@ -107,7 +107,7 @@ class Masks:
         past = 0 if earlier is None else earlier.shape[1]
         before = None if earlier is None else earlier != EMPTY
         full = (before is None or bool(before.all())) and valid is None
-        form, name = self._form(), self._given(given) or self.name
+        form, name = self._form(), self.given(given) or self.name
         if form is None:
             raise LaminaError(f"{type(self.block).__name__} was given a cache and takes no mask over its slots")
         if full and (form == "keys" or (not self._adds() and (past == 0 or shape[1] == 1))):
@@ -150,7 +150,8 @@ class Masks:
                 return found
         return None
 
-    def _given(self, given: Mapping[str, Any]) -> str | None:
+    def given(self, given: Mapping[str, Any]) -> str | None:
+        """Return the name of the mask that a call brings, or None."""
         return next((n for n in MASKS if _tensor(given.get(n)) is not None), None)
 
 

@@ -175,9 +175,14 @@ class Routed:
         """Run the block so that its keys are added to its own slots, under a mask over those."""
         earlier = slots.positions
         positions = index + before if valid is None else torch.where(valid, index + before, EMPTY)
-        own = {k: v for k, v in given.items() if k not in self.masks.names}
-        some = taken(own, index, x.shape[:2], ranks=self._ranks(index, valid, real))
-        some |= self.masks.over_slots(given, earlier, valid, index.shape, x)
+        ranks = self._ranks(index, valid, real)
+        if before == 0 and self.masks.given(given) is not None:
+            # Nothing is cached, so the model's own mask is of these tokens; it need not be causal (images).
+            some = taken(given, index, x.shape[:2], ranks=ranks)
+            some = some if valid is None else self.masks.hide(given, some, valid, self.place.causal, x.dtype)
+        else:
+            some = taken(self.masks.without(given), index, x.shape[:2], ranks=ranks)
+            some |= self.masks.over_slots(given, earlier, valid, index.shape, x)
         some |= slots.begin(positions, before + x.shape[1])
         result = self._run(gather(x, index), p, some)
         slots.end()
