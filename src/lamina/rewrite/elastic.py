@@ -16,16 +16,18 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from lamina import anatomy
 from lamina.batches import Batch, bare
 from lamina.errors import AnatomyError, LaminaError
 from lamina.lineage import Lineage
-from lamina.nn.elastic import supernet
+from lamina.nn.elastic import BlockPlan, GroupPlan, elastic_layer, supernet
+from lamina.nn.elastic.blocks import elastic_block
 from lamina.nn.elastic.layers import Mode
 from lamina.registry import register
-from lamina.rewrite._elastic_apply import make_elastic
 from lamina.rewrite._elastic_places import Channels as Channels
 from lamina.rewrite._elastic_places import Sampling, Widths, find_places, importance_order
 from lamina.rewrite._elastic_places import StageOfBlocks as StageOfBlocks
+from lamina.rewrite._fused_layer import leave_fused_path
 from lamina.rewrite.rewriting import apply_decision, from_json, history, pass_name
 
 SOURCE = "Annavajjala et al., DepS (ECCV 2024); Cai et al., Once-for-All (ICLR 2020)"
@@ -134,7 +136,31 @@ class Elastic:
 
     def apply(self, model: nn.Module, decision: ElasticDecision, lineage: Lineage) -> nn.Module:
         """Put elastic layers and blocks where the decision says; parameters are shared, only kernel maps are new."""
-        return make_elastic(model, decision)
+        groups = {f"{g.block}#{i}": g for i, g in enumerate(decision.groups)}
+        layers = dict.fromkeys([*(m for g in groups.values() for m in g.members), *decision.kernels])
+        for path in layers:
+            _swap_layer(model, path, groups, decision.kernels.get(path))
+        stages = {path: (at, stage) for at, stage in enumerate(decision.stages) for path in stage.blocks}
+        for path, widths in decision.widths.items():
+            at, stage = stages.get(path, (0, None))
+            plan = BlockPlan(
+                name=path,
+                widths=widths,
+                groups={
+                    n: GroupPlan(g.hidden, g.choices, len(g.members)) for n, g in groups.items() if g.block == path
+                },
+                stage=None if stage is None else f"{at}:{stage.blocks[0]}",
+                depths=() if stage is None else stage.depths,
+                compound=decision.sampling == "compound",
+                mode=decision.mode,
+            )
+            leave_fused_path(model, path)
+            returns_tuple = stage is not None and stage.returns_tuple
+            old = anatomy.get(model, path)
+            anatomy.swap(model, path, elastic_block(old, plan, returns_tuple=returns_tuple), all=True)
+        net = supernet(model)
+        net.set(net.full())
+        return model
 
 
 def sort_channels(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
@@ -154,6 +180,21 @@ def sort_channels(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Mo
     groups = tuple(dataclasses.replace(g, order=importance_order(model, g, old.groups)) for g in old.groups)
     again: Any = Elastic()
     return apply_decision(model, again, dataclasses.replace(old, groups=groups), optimizer=optimizer)
+
+
+def _swap_layer(model: nn.Module, path: str, groups: dict[str, Channels], kernels: tuple[int, ...] | None) -> None:
+    """Put the elastic form of a layer in its place."""
+    makes = next((n for n, g in groups.items() if path in g.producers or path in g.between), None)
+    reads = next((n for n, g in groups.items() if path in g.consumers or path in g.between), None)
+    new = elastic_layer(
+        anatomy.get(model, path),
+        reads=reads,
+        makes=makes,
+        in_order=None if reads is None else groups[reads].order,
+        out_order=None if makes is None else groups[makes].order,
+        kernels=kernels,
+    )
+    anatomy.swap(model, path, new, all=True)
 
 
 def _check(depth: Any, expand: Any, kernel: Any, multiple: int) -> None:
