@@ -10,6 +10,7 @@ from tests.contract.example import Example
 from tests.contract.foreign import convolutional, home_made, vision
 from tests.rewrite.routed import gpt2, ids, llama, llava, ours, padded, route, routings
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import io, probe
@@ -177,7 +178,8 @@ def test_a_shared_router_is_one_tensor_under_one_name(router, count):
 
 def test_counted_operations_fall_by_half_and_by_a_quarter():
     def count(model, block):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # The counter knows no formula for the fused attention of CPUs.
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model.get_submodule(block)(torch.randn(2, 64, 32), positions=torch.arange(64))
         by_operation = dict.fromkeys(("linear", "attention"), 0)
         for name, flops in counter.get_flop_counts()["Global"].items():
@@ -189,7 +191,7 @@ def test_counted_operations_fall_by_half_and_by_a_quarter():
     routed = count(route(dense, [1], skip=0.5, scale="none").train(), "blocks.1")
     router = 2 * 2 * 64 * 32 * 2
     assert routed["linear"] - router == whole["linear"] // 2
-    assert routed["attention"] == whole["attention"] // 4
+    assert routed["attention"] == whole["attention"] // 4 > 0
 
 
 def test_a_vision_language_model_skips_image_tokens_in_training_and_generates():
