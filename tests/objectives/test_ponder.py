@@ -180,6 +180,9 @@ def test_in_evaluation_it_is_the_loss_where_each_row_left() -> None:
         plain = objective.loss(scores, {"labels": labels})
         assert torch.equal(plain["loss"], found["loss"])
         assert "depth" not in plain
+    for waiting in (Ponder(wait=True), WeightedExits(wait=True)):
+        trained = scores.clone().requires_grad_()
+        assert torch.equal(waiting.loss(trained, {"labels": labels})["loss"], F.cross_entropy(trained, labels))
 
 
 def test_it_goes_beside_a_teacher() -> None:

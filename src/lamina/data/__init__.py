@@ -45,9 +45,9 @@ from lamina.data.named import wikitext as wikitext
 from lamina.data.pde import pde as pde
 from lamina.data.phantoms import Phantoms as Phantoms
 from lamina.data.phantoms import phantoms as phantoms
-from lamina.data.scenes import scenes as scenes
 from lamina.data.rotations import Rotated as Rotated
 from lamina.data.rotations import rotated as rotated
+from lamina.data.scenes import scenes as scenes
 from lamina.data.sentence_pairs import SentencePairs as SentencePairs
 from lamina.data.sentence_pairs import sentence_pairs as sentence_pairs
 from lamina.data.sentences import from_texts as from_texts

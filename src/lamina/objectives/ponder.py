@@ -28,13 +28,13 @@ class _Exits:
     needs: ClassVar[Literal["outputs", "model"]] = "outputs"
     name: ClassVar[str]
 
-    def __init__(self, base: Base | Callable[[Tensor, Tensor], Tensor] | None) -> None:
+    def __init__(self, base: Base | Callable[[Tensor, Tensor], Tensor] | None, wait: bool) -> None:
         if base not in (None, "cross_entropy", "squared") and not callable(base):
             raise LaminaError(
                 f"{self.name}: base is 'cross_entropy', 'squared', a function of scores and labels, or nothing, "
                 f"got {base!r}"
             )
-        self.base = base
+        self.base, self.wait = base, wait
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Run the model on the batch and return the losses."""
@@ -58,12 +58,12 @@ class _Exits:
         raise NotImplementedError
 
     def _left(self, outputs: Any, labels: Tensor) -> Losses:
-        """Loss of a model in evaluation: of each row where it left, or (before it is rewritten) at the end."""
+        """Loss of a model in evaluation, of each row where it left; of one without exits (yet), of its answer."""
         layer, scores = _entry(outputs, "exit_layer"), logits(outputs)
-        if layer is None and scores.requires_grad:
+        if layer is None and scores.requires_grad and not self.wait:
             raise LaminaError(
                 f"{self.name} trains a model with exits (exit_logits in its outputs): rewrite it first, "
-                "{name: early_exit}"
+                "{name: early_exit}, or give wait: true where that comes later in training"
             )
         asked = _asked(labels)
         losses = mean(self._errors(scores[:, None], labels)[:, 0], asked)
@@ -120,6 +120,7 @@ class Ponder(_Exits):
         truncate_eps: train as the official code: the last layer's p_n = lambda_n prod (1 - lambda_j), and once a row's
             mass exceeds 1 - eps its later p are the constant eps / n. None = the exact distribution. It uses 0.05.
         kind: the prior: "geometric", or "normal", the code's other one: exp(-(i - 1 / prior)^2), normalised.
+        wait: a model without exits trains on its one answer, for runs in which the pass comes later; else an error.
     Raises:
         LaminaError: options out of range, or outputs without what it reads. ShapeError: labels that do not fit.
     Source: Balagansky, Gavrilov (2022), arXiv 2204.03276, section 3; Banino et al. (2021), arXiv 2107.05407, section 2.
@@ -139,8 +140,9 @@ class Ponder(_Exits):
         kl: Divergence = "prior_to_posterior",
         truncate_eps: float | None = None,
         kind: Literal["geometric", "normal"] = "geometric",
+        wait: bool = False,
     ) -> None:
-        super().__init__(base)
+        super().__init__(base, wait)
         if not 0.0 < prior < 1.0:
             raise LaminaError(f"ponder: prior is a chance, 0 < prior < 1, got {prior}")
         if not beta >= 0.0:
@@ -183,7 +185,7 @@ class WeightedExits(_Exits):
     `Ponder` does. Logs `task` (the last layer's loss) and `accuracy`.
 
     Args:
-        base: loss of one row, see `Ponder`.
+        base: loss of one row, see `Ponder`. wait: as there.
     Raises:
         LaminaError: outputs without exits. ShapeError: labels that do not fit.
     Source: Zhou et al., BERT Loses Patience (2020), arXiv 2006.04152, equation 3.
@@ -191,8 +193,8 @@ class WeightedExits(_Exits):
 
     name = "weighted_exits"
 
-    def __init__(self, base: Base | Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        super().__init__(base)
+    def __init__(self, base: Base | Callable[[Tensor, Tensor], Tensor] | None = None, *, wait: bool = False) -> None:
+        super().__init__(base, wait)
 
     def _trained(self, outputs: Any, scores: Tensor, labels: Tensor) -> Losses:
         errors, asked = self._errors(scores, labels), _asked(labels)
