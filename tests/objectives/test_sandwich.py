@@ -259,6 +259,14 @@ def test_beside_another_objective_and_over_one_that_masks_its_batch() -> None:
         each = soft_cross_entropy(logits(call(model, masked)), goal)
     kept = rows["attention_mask"].bool()
     torch.testing.assert_close(losses["smallest"], each[kept].mean())
+    rows["labels"] = torch.full((4, 8), 3)
+    rows["labels"][1:3, 2:] = -100
+    followed = Sandwich("next_token", start=0.0, ramp=0.0, samples=0)(model, rows)["smallest"]
+    with torch.no_grad():
+        goal = logits(call(model, rows))
+        with net.running_as(net.smallest()):
+            each = soft_cross_entropy(logits(call(model, rows)), goal)
+    torch.testing.assert_close(followed, each[kept & (rows["labels"] != -100)].mean())
     both = WeightedSum([(1.0, objective), (0.5, Classification())], ["sandwich", "classes"])
     assert both.needs == "model"
     objective.set_progress(0.3)
