@@ -432,6 +432,8 @@ def test_options_out_of_range_are_refused(options: dict[str, object], said: str)
 def test_a_model_without_a_place_is_refused_with_the_reason() -> None:
     with pytest.raises(AnatomyError, match=r"depth \[2, 9\] is beyond the stages of MobileNet: the longest has 3"):
         Elastic((2, 9)).decide(mobile())
+    with pytest.raises(AnatomyError, match="is beyond the stages"):
+        Elastic((2, 9)).fits(mobile())
     with pytest.raises(AnatomyError, match=r"no width asked for is below its 8 channels"):
         Elastic((2,), (1,)).decide(ResNet((2, 2), (8, 8), stem="small"))
     with pytest.raises(AnatomyError, match="at a path like 'nowhere"):

@@ -25,7 +25,7 @@ from lamina.nn.elastic.blocks import elastic_block
 from lamina.nn.elastic.layers import Mode
 from lamina.registry import register
 from lamina.rewrite._elastic_places import Channels as Channels
-from lamina.rewrite._elastic_places import Sampling, Widths, find_places, importance_order
+from lamina.rewrite._elastic_places import Places, Sampling, Widths, find_places, importance_order
 from lamina.rewrite._elastic_places import StageOfBlocks as StageOfBlocks
 from lamina.rewrite._fused_layer import leave_fused_path
 from lamina.rewrite.rewriting import apply_decision, from_json, history, pass_name
@@ -123,16 +123,17 @@ class Elastic:
     def decide(self, model: nn.Module, data: Iterable[Batch] | None = None) -> ElasticDecision:
         """Find the elastic places by torch.fx, block by block; change nothing, look at no data."""
         model = bare(model)
-        places = find_places(model, self.depth, self.widths, self.kernel, self.match)
-        if not places.stages and not places.groups and not places.kernels:
-            why = "; ".join(f"{p}: {r}" for p, r in list(places.skipped.items())[:3]) or "no block has a hidden layer"
-            raise AnatomyError(f"no place of {type(model).__name__} can be elastic with these options: {why}")
+        places = self._places(model)
         groups = places.groups
         if self.sort:
             groups = [dataclasses.replace(g, order=importance_order(model, g, groups)) for g in groups]
         return ElasticDecision(
             tuple(places.stages), places.widths, tuple(groups), places.kernels, self.mode, self.sampling, places.skipped
         )
+
+    def fits(self, model: nn.Module) -> None:
+        """Raise what `decide` would; looks at no weight."""
+        self._places(bare(model))
 
     def apply(self, model: nn.Module, decision: ElasticDecision, lineage: Lineage) -> nn.Module:
         """Put elastic layers and blocks where the decision says; parameters are shared, only kernel maps are new."""
@@ -161,6 +162,13 @@ class Elastic:
         net = supernet(model)
         net.set(net.full())
         return model
+
+    def _places(self, model: nn.Module) -> Places:
+        places = find_places(model, self.depth, self.widths, self.kernel, self.match)
+        if not places.stages and not places.groups and not places.kernels:
+            why = "; ".join(f"{p}: {r}" for p, r in list(places.skipped.items())[:3]) or "no block has a hidden layer"
+            raise AnatomyError(f"no place of {type(model).__name__} can be elastic with these options: {why}")
+        return places
 
 
 def sort_channels(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
