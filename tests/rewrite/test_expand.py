@@ -464,11 +464,15 @@ def test_expanded_models_and_descendants_are_saved_and_loaded_to_the_same_bits(t
     assert torch.equal(out(plain, batch), out(small, batch))
 
 
-def test_export_and_bf16_weights() -> None:
+@pytest.mark.slow  # Some seconds.
+def test_torch_export_takes_an_expanded_model() -> None:
     model = trained(rewrite(ours(), LinearExpansion()), tokens())
     exported = torch.export.export(model, (), tokens())
     torch.testing.assert_close(exported.module()(**tokens()), model(**tokens()), rtol=1e-5, atol=1e-6)
-    low = model.to(torch.bfloat16)
+
+
+def test_weights_in_bf16_are_summed_and_expanded_alike() -> None:
+    low = trained(rewrite(ours(), LinearExpansion()), tokens()).to(torch.bfloat16)
     answer = out(low, tokens())
     assert answer.dtype is torch.bfloat16
     assert torch.equal(out(rewrite(low, Expand()), tokens()), answer)

@@ -38,8 +38,9 @@ saving in training that the paper reports is not measured at this size. MNIST wi
 slow; sizes and epochs were settled on smoke runs for their time, and nothing was changed after the first full result.
 
 Limits: all blocks of a stack must be alike (Swin: one stage at a time, by `trunk`; T5, mixtures of experts in every
-other block and hybrids are refused, and so are quantised or tied weights). `init="fit"` takes the line through a
-trained stack: a diagnosis, for real stacks are only roughly linear. Other passes find no blocks in an expanded model:
+other block and hybrids are refused, and so are quantised or tied weights). A Swin of another depth loads through
+`lamina.load`: its configuration lists depths by stage, which are left as they are. `init="fit"` takes the line through
+a trained stack: a diagnosis, for real stacks are only roughly linear. Other passes find no blocks in an expanded model:
 drop, cut or add exits after `expand`. Attention maps (`output_attentions`) are not recorded in the expanded model.
 Layers that alternate in kind go on alternating from the first at any depth. Under bf16 weights the sums are rounded to
 bf16; keep the weights in float32 and use autocast. Not a compression of a trained model without training.
