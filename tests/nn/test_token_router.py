@@ -13,8 +13,8 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("skippable", [1, 7, 10, 50, 63, 1059])
-@pytest.mark.parametrize(("skip", "hundredths"), [(0.34, 34), (0.5, 50), (0.1, 10), (0.0, 0)])
+@pytest.mark.parametrize("skippable", [1, 7, 10, 50, 63, 100, 1059])
+@pytest.mark.parametrize(("skip", "hundredths"), [(0.34, 34), (0.5, 50), (0.1, 10), (0.29, 29), (0.0, 0)])
 def test_the_count_is_that_of_exact_arithmetic(skippable, skip, hundredths):
     expected = skippable + 3 - hundredths * skippable // 100
     assert kept(skippable + 3, skippable, skip) == expected

@@ -55,10 +55,12 @@ def test_a_samples_rank_does_not_depend_on_its_batch_or_its_padding():
     alone = [attention_rank(model, [{"input_ids": ids[i : i + 1]}]) for i in range(3)]
     together = attention_rank(model, [{"input_ids": ids}])
     assert together == pytest.approx([sum(column) / 3 for column in zip(*alone, strict=True)])
-    padded = torch.cat((torch.zeros(3, 5, dtype=torch.long), ids), 1)
-    mask = torch.cat((torch.zeros(3, 5), torch.ones(3, 12)), 1).long()
-    found = attention_rank(model, [{"input_ids": padded, "attention_mask": mask}])
-    assert found == pytest.approx(together)
+    for left, right in ((5, 0), (0, 5)):
+        ends = [torch.zeros(3, n, dtype=torch.long) for n in (left, right)]
+        padded = torch.cat((ends[0], ids, ends[1]), 1)
+        mask = torch.cat((ends[0], torch.ones_like(ids), ends[1]), 1)
+        found = attention_rank(model, [{"input_ids": padded, "attention_mask": mask}])
+        assert found == pytest.approx(together)
     assert attention_rank(model, [{"input_ids": ids}], samples=1) == pytest.approx(alone[0])
 
 
