@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.contract import foreign
 from tests.contract.example import Example
+from tests.processes import in_processes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +22,7 @@ from lamina.errors import AnatomyError, LaminaError
 from lamina.models import MetaFormer, Transformer
 from lamina.optim import LAMB, parameter_groups
 from lamina.optim.groups import norms_and_biases
+from lamina.parallel.data_parallel import Placement, place
 from lamina.rewrite import (
     DropAttention,
     Expand,
@@ -584,6 +586,31 @@ def test_what_watches_the_blocks_comes_after() -> None:
         rewrite(truncated, LinearExpansion())
     with pytest.raises(LaminaError, match="exclude each other: truncate watches the blocks it saw"):
         check_order([Truncate(layers=2), LinearExpansion()])
+
+
+def in_parallel(rank: int) -> bool:
+    """Two replicas, then two shards: half the rows each give the gradients of all rows, and take a step."""
+    whole = rewrite(ours(), LinearExpansion()).eval()
+    rows = foreign.tokens(rows=4)
+    call(whole, {"input_ids": rows}).square().mean().backward()
+    for placement in (Placement(data=2), Placement(shard=2)):
+        model = rewrite(ours(), LinearExpansion()).eval()
+        placed: Any = place(model, placement, device=torch.device("cpu"))
+        run = placed if isinstance(placed, nn.Module) else placed.module
+        call(run, {"input_ids": rows.chunk(2)[rank]}).square().mean().backward()
+        for parameter, expected in zip(model.parameters(), whole.parameters(), strict=True):
+            found: Any = parameter.grad
+            found = found.full_tensor() if hasattr(found, "full_tensor") else found
+            torch.testing.assert_close(found, expected.grad, rtol=1e-4, atol=1e-6)
+    with pytest.raises(LaminaError, match="is sharded: take the model back first"):
+        rewrite(model, Expand(2))
+    return True
+
+
+@pytest.mark.distributed
+@pytest.mark.slow  # Processes take seconds to start.
+def test_replicas_and_shards_give_the_gradients_of_one_process(tmp_path: Any) -> None:
+    assert in_processes(in_parallel, 2, tmp_path) == [True, True]
 
 
 def test_several_stacks_are_told_apart_by_trunk() -> None:
