@@ -45,6 +45,20 @@ def test_step_by_step_equals_one_pass_with_padding_on_the_left(make, implementat
         assert all(mask[i, row[h]].all() for i, (row, h) in enumerate(zip(layer.positions, held, strict=True)))
 
 
+@pytest.mark.parametrize(("make", "implementation"), MAKERS)
+@torch.no_grad()
+def test_chunks_of_a_prompt_without_any_mask_equal_each_row_by_itself(make, implementation):
+    from transformers import DynamicCache
+
+    model = route(make(attn_implementation=implementation), [1, 3])
+    x, cache = ids(), DynamicCache()
+    alone = torch.cat([model(x[i : i + 1], use_cache=False).logits for i in range(4)])
+    cuts = [(0, 7), (7, 15), (15, 20)]
+    chunks = torch.cat([model(x[:, a:b], past_key_values=cache).logits for a, b in cuts], dim=1)
+    for found in (chunks, model(x, use_cache=False).logits):
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 @torch.no_grad()
 def test_generation_in_a_padded_batch_equals_a_full_pass_at_each_step(make):
