@@ -100,6 +100,8 @@ def test_a_cut_layer_says_its_own_sizes_and_holds_no_more_than_it_needs() -> Non
     assert type(conv) is nn.Conv2d
     assert conv.weight.untyped_storage().nbytes() == 8 * 8 * 9 * 4
     assert len(cut.stages[0]) == 1
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    assert not held & {t.untyped_storage().data_ptr() for t in (*cut.parameters(), *cut.buffers())}
     assert repr(conv).startswith("Conv2d(8, 8, kernel_size=(3, 3), stride=(2, 2)")
 
 

@@ -115,7 +115,7 @@ class Extract:
                 stacklevel=2,
             )
             return decision
-        part = self.apply(copy.deepcopy(net.model), decision, Lineage())
+        part = self.apply(_copy_of_tree(net.model), decision, Lineage())
         rows = list(_rows(data, self.images))
         found = Calibrate(max(1, len(rows))).decide(part, rows)
         images = sum(_length(b) for b in rows)
@@ -160,7 +160,14 @@ def cut_out(
     """
     net = supernet(model)
     config: Any = net.checked(subnet)
-    return rewrite(copy.deepcopy(net.model).eval(), Extract(config, images=images), data=data)
+    part = rewrite(_copy_of_tree(net.model).eval(), Extract(config, images=images), data=data)
+    # Only now the weights, for most of the whole's are not among them.
+    return copy.deepcopy(part)
+
+
+def _copy_of_tree(model: nn.Module) -> nn.Module:
+    """Copy modules and config, not the weights: cutting makes new ones and changes none."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def sliced(layer: nn.Module, kept: Kept, lineage: Lineage) -> nn.Module:
