@@ -51,11 +51,11 @@ def test_the_best_affordable_part_of_a_small_space_is_found() -> None:
         worths[part] = worth(part)
         return float(worths[part])
 
-    picked = pick_subnet(model, score, ROWS, limit=limit, population=16, generations=5, patience=None, seed=1)
+    picked = pick_subnet(model, score, ROWS, limit=limit, population=24, generations=10, patience=None, seed=1)
     assert picked.cost == costs(picked.subnet) <= limit
     assert picked.score >= 0.9 * worth(best)
     assert picked.scored >= len(worths) > 5
-    again = pick_subnet(model, score, ROWS, limit=limit, population=16, generations=5, patience=None, seed=1)
+    again = pick_subnet(model, score, ROWS, limit=limit, population=24, generations=10, patience=None, seed=1)
     assert again == picked
 
 
