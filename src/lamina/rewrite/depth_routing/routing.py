@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,61 +20,18 @@ from lamina.rewrite._drop_apply import find_trunk, lenders, refuse_shared
 from lamina.rewrite._fused_layer import leave_fused_path
 from lamina.rewrite.depth_routing.arguments import Masks
 from lamina.rewrite.depth_routing.block import Place, Positions, Protected, Routed, Scale
+from lamina.rewrite.depth_routing.decision import RouterKind
+from lamina.rewrite.depth_routing.decision import RoutingDecision as RoutingDecision
 from lamina.rewrite.depth_routing.entry import Entry
 from lamina.rewrite.depth_routing.rank import attention_rank
 from lamina.rewrite.rewriting import Pass, pass_name
 
 Layers = Literal["rank", "every_other"]
-RouterKind = Literal["shared", "per_layer"]
 FEW_SKIPPABLE = 500
 """Below so many tokens that may be skipped, the paper's quality breaks down at a skip of 0.5."""
 ROUTER = "token_router"
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RoutingDecision:
-    """Which blocks of a trunk skip tokens, and how."""
-
-    trunk: str
-    """Path of the stack of blocks."""
-    layers: tuple[int, ...]
-    """Blocks that skip tokens."""
-    ranks: tuple[float | None, ...] | None = None
-    """Mean rank of each block's attention maps, where it was measured."""
-    skip: float = 0.5
-    scale: Scale = "mlp"
-    positions: Positions = "original"
-    router: RouterKind = "shared"
-    threshold_prefill: float = 0.5
-    threshold_decode: float = 0.5
-    inference: Inference = "threshold"
-    protect: str | None = None
-    """Name under which the model's forward takes the mask of tokens that must enter."""
-    skippable: tuple[int, ...] = ()
-    """Ids of tokens that may be skipped; all others are protected."""
-    anneal: float = 0.0
-    width: int = 0
-    """Channels of the stream."""
-    depth: int = 0
-    """How many blocks the trunk has."""
-    seed: int = 0
-
-    def table(self) -> str:
-        """Word the decision for people: ranks, what is routed, what that saves of a long prompt."""
-        lines = ["block      rank  skips"] if self.ranks else ["block  skips"]
-        for index in range(self.depth):
-            rank = "" if self.ranks is None else f"{'-' if self.ranks[index] is None else format(self.ranks[index], '.1f'):>10}"  # fmt: skip  # noqa: E501
-            lines.append(f"{index:>5}{rank}  {'tokens' if index in self.layers else ''}".rstrip())
-        kept = 1.0 - self.skip
-        share = len(self.layers) / max(self.depth, 1)
-        lines.append(
-            f"if every token may be skipped, a routed block computes {kept:.2f} of its linear layers and "
-            f"{kept**2:.2f} of its attention; all blocks together {1 - share * self.skip:.2f} and "
-            f"{1 - share * (1 - kept**2):.2f}"
-        )
-        return "\n".join(lines)
 
 
 @register("pass", source="Luo et al., gamma-MoD (2024), arXiv 2410.13859")
