@@ -28,7 +28,9 @@ class Exiting(nn.Module):
             x = torch.tanh(layer(x))
             h.append(x)
         stacked = torch.stack(h, 1)
-        a, scores = self.chance(stacked)[..., 0], self.head(stacked)
+        a = self.chance(stacked)[..., 0]
+        # As in the real model, answers lead to every parameter: data-parallel processes wait for all of them.
+        scores = self.head(stacked) + 0.0 * a[..., None]
         log_p = torch.cat((F.logsigmoid(a[:, :-1]), torch.zeros_like(a[:, :1])), 1)
         log_p = log_p + F.pad(F.logsigmoid(-a[:, :-1]).cumsum(1), (1, 0))
         return {"logits": scores[:, -1], "exit_logits": scores, "exit_log_p": log_p, "lambda_logits": a}
