@@ -370,7 +370,7 @@ def test_shipped_recipes_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_every_command_has_a_traceback_on_demand() -> None:
     commands: list[Callable[..., Any] | None] = [c.callback for c in cli.app.registered_commands]
-    assert len(commands) == 7
+    assert len(commands) == 8
     assert all("debug" in c.__annotations__ for c in commands if c is not None)
 
 

@@ -89,6 +89,12 @@ from lamina.gradients.stragglers import ArrivalModel, select_parameters, simulat
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TESTS = (
+    "tests/gradients/test_coding.py",
+    "tests/gradients/test_coding_reducers.py",
+    "tests/gradients/test_stragglers.py",
+    "tests/gradients/test_coding_in_processes.py",
+)
 PARTS = ("reducer gradient_coding", "reducer selective_repetition", "reducer multiplexed_coding")
 
 WORKERS, JOBS, MU, ALPHA, MAX_DELAY = 256, 80, 1.0, 2.2013, 4
