@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ PRELOADED = [
 ]
 
 
+def server() -> ForkServerContext:
+    """Return what starts processes that have torch and lamina from the beginning."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def in_processes(work: Callable[..., Any], world: int, folder: Path, *given: Any, seconds: float = 120) -> list[Any]:
     """Run work(rank, *given) in `world` processes of one group and return what each returned, by rank.
 
@@ -35,8 +43,7 @@ def in_processes(work: Callable[..., Any], world: int, folder: Path, *given: Any
     Raises:
         AssertionError: a process raised (its traceback is shown), died, or was too slow.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = server()
     ends = [context.Pipe(duplex=False) for _ in range(world)]
     store = f"file://{folder}/processes"
     workers = [context.Process(target=_worker, args=(work, r, world, store, given, ends[r][1])) for r in range(world)]

@@ -72,6 +72,10 @@ def test_a_recipe_trains_saves_loads_and_runs_again_to_the_same_numbers(name, mo
     assert again.evaluation == done.evaluation
 
 
+STAGED = {"elastic", "field_conversion", "life-of-a-model"}
+"""Their losses have more terms, or others, later on."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_takes_its_first_steps(name):
@@ -81,7 +85,8 @@ def test_a_shipped_recipe_takes_its_first_steps(name):
         pytest.skip("LAMINA_DATA names no folder with the recipe's data")
     done = train(recipe, folder="run")
     assert math.isfinite(done.evaluation)
-    assert losses("run")[-1] < 1.2 * losses("run")[0]
+    if name not in STAGED:
+        assert losses("run")[-1] < 1.2 * losses("run")[0]
 
 
 def test_a_compiled_run_rewrites_on_the_way_and_follows_the_eager_one():

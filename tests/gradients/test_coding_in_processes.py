@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tests.gradients.test_coding_reducers import Home, objective, rows_of_job, several, uncoded
 from tests.parallel.test_data_parallel import free_port
+from tests.processes import server
 
 from lamina.gradients import GradientCoding, MultiplexedCoding, SelectiveRepetition
 from lamina.gradients.coding import (
@@ -71,7 +71,7 @@ def work(rank, name, killed, file, queue):
 
 
 def among_processes(name, killed, folder):
-    context = mp.get_context("spawn")
+    context = server()
     queue = context.Queue()
     workers = [context.Process(target=work, args=(r, name, killed, folder / "store", queue)) for r in range(WORLD)]
     for worker in workers:

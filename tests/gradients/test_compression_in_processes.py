@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests.processes import server
 from tests.train.tiny import DropLast, net, numbers, trainer
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
@@ -179,7 +179,7 @@ def _work(rank, folder, queue):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    context = mp.get_context("spawn")
+    context = server()
     queue = context.Queue()
     workers = [context.Process(target=_work, args=(r, tmp_path, queue)) for r in range(2)]
     for worker in workers:

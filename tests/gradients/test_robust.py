@@ -1,5 +1,4 @@
 import math
-import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contract.example import Example
 from tests.gradients.workers import run
+from tests.processes import server
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -348,7 +348,7 @@ def _die(rank, world, file, queue):
 
 
 def spawn(work, world, file):
-    context = multiprocessing.get_context("spawn")
+    context = server()
     queue = context.Queue()
     workers = [context.Process(target=work, args=(r, world, file, queue)) for r in range(world)]
     for worker in workers:

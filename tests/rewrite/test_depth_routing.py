@@ -339,7 +339,7 @@ def test_after_training_the_threshold_decides_as_the_top_k_does():
     assert float(objective(model, batch())["router.agreement"]) >= 0.9
     _, seen = watched(model.eval(), batch()["input_ids"])
     for choice in seen.values():
-        by_rank = choice.probability.argsort(1, descending=True, stable=True)[:, :16]
+        by_rank = choice.probability.argsort(dim=1, descending=True, stable=True)[:, :16]
         chosen = torch.zeros_like(choice.enters).scatter(1, by_rank, True)
         assert float((chosen == choice.enters).float().mean()) >= 0.9
         assert choice.logits[..., ENTER].isfinite().all()

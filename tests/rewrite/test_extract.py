@@ -200,6 +200,7 @@ def test_it_is_saved_and_loaded_with_its_statistics(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own exporter
 def test_a_part_is_exported_to_onnx_and_by_torch() -> None:
     cut = copy.deepcopy(quietly(elastic(), {"depth": [1, 2]}))
     exported = torch.export.export(cut, (batch()["pixel_values"],))
