@@ -135,7 +135,12 @@ class Hypercomplex:
         model = bare(model)
         known = tuple(t for name in self.types for t in TYPES[name])
         found = {path: m for path, m in model.named_modules() if type(m) in known}
-        skipped = {path: why for path, m in found.items() if (why := self._stays(model, found, path, m))}
+        # Once for all layers: finding the last one reads the whole model.
+        ends = {
+            _last(model, found) if "last" in self.skip else None: "last",
+            _first(model, found) if "first" in self.skip else None: "first",
+        }
+        skipped = {path: why for path, m in found.items() if (why := self._stays(model, ends, path, m))}
         taken = {path: m for path, m in found.items() if path not in skipped}
         if not taken:
             here = "; ".join(f"{p}: {why}" for p, why in skipped.items()) or "it has none"
@@ -170,17 +175,15 @@ class Hypercomplex:
         error = nearest_kron_sum(layer.weight, self.n)[2] if self.fit and not layer.weight.is_meta else None
         return HypercomplexLayer(self.n, error)
 
-    def _stays(self, model: nn.Module, found: dict[str, nn.Module], path: str, layer: Any) -> str:
+    def _stays(self, model: nn.Module, ends: dict[str | None, str], path: str, layer: Any) -> str:
         """Say why a layer is not replaced; empty = it is."""
         if self.match is not None and not fnmatch.fnmatchcase(path, self.match):
             return f"not like {self.match}"
         named = next((s for s in self.skip if s not in ("first", "last") and fnmatch.fnmatchcase(path, s)), None)
         if named is not None:
             return f"skip {named}"
-        if path and "first" in self.skip and path == _first(model, found):
-            return "first"
-        if path and "last" in self.skip and path == _last(model, found):
-            return "last"
+        if path and path in ends:
+            return ends[path]
         if getattr(layer, "groups", 1) == getattr(layer, "in_channels", 0) > 1:
             return "depthwise"
         return next((f"tied to {name}" for name in _holders(model, layer)), "")

@@ -54,7 +54,17 @@ class GradientCoding(CodedReducer):
 class _Bursts(CodedReducer):
     """Both codes over time take a (B, W, lam) model of stragglers."""
 
-    def __init__(self, B: int, W: int, lam: int, kind: Kind, seed: int, wait: float, timeout: float) -> None:
+    def __init__(
+        self,
+        B: int,
+        W: int,
+        lam: int,
+        *,
+        kind: Kind = "auto",
+        seed: int = 0,
+        wait: float = 1.0,
+        timeout: float = 600.0,
+    ) -> None:
         super().__init__(kind, seed, wait, timeout)
         self.B, self.W, self.lam = B, W, lam
         # Whatever is wrong for every number of workers is said at once.
@@ -87,19 +97,6 @@ class SelectiveRepetition(_Bursts):
         [7, 0, 1]
     """
 
-    def __init__(
-        self,
-        B: int,
-        W: int,
-        lam: int,
-        *,
-        kind: Kind = "auto",
-        seed: int = 0,
-        wait: float = 1.0,
-        timeout: float = 600.0,
-    ) -> None:
-        super().__init__(B, W, lam, kind, seed, wait, timeout)
-
     def scheme(self, workers: int) -> Scheme:
         """Return the scheme among so many workers."""
         return SelectiveRepetitionScheme(workers, self.B, self.W, self.lam, self.kind, self.seed)
@@ -126,19 +123,6 @@ class MultiplexedCoding(_Bursts):
         >>> MultiplexedCoding(B=1, W=2, lam=2).tasks(step=0, rank=3, world=4)
         [3]
     """
-
-    def __init__(
-        self,
-        B: int,
-        W: int,
-        lam: int,
-        *,
-        kind: Kind = "auto",
-        seed: int = 0,
-        wait: float = 1.0,
-        timeout: float = 600.0,
-    ) -> None:
-        super().__init__(B, W, lam, kind, seed, wait, timeout)
 
     def scheme(self, workers: int) -> Scheme:
         """Return the scheme among so many workers."""
