@@ -10,7 +10,7 @@ train: $(VENV)/installed
 	$(BIN)/lamina train $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: lint types floors test
 

@@ -26,6 +26,9 @@ TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind a
 
 RECIPES = {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
+DRAWN = {"life_of_a_model", *list(RECIPES)[::6]}
+"""Whose report is drawn, a third of a short run's time."""
+
 SHIPPED = {p.stem: p for p in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))}
 
 FIRST_STEPS = {"steps": 6, "log_every": 1, "evaluate_batches": 1}
@@ -53,19 +56,21 @@ def losses(folder):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_saves_loads_and_runs_again_to_the_same_numbers(name, monkeypatch):
+    if name not in DRAWN:
+        monkeypatch.setattr(report, "write", lambda folder, *_, **__: folder)
     done = run(name, "first")
     found = losses("first")
     assert len(found) == 10
     assert all(torch.isfinite(torch.tensor(found)))
     recipe = load_recipe(Path("first", "recipe.yaml"))
     assert len(history(done.model)) == len(recipe.rewrite)
-    assert Path("first", "report.html").stat().st_size > 5000
+    if name in DRAWN:
+        assert Path("first", "report.html").stat().st_size > 5000
     loaded = lamina.load("first/model")
     rows = build(recipe.data, "data").evaluation.batch(torch.tensor([0, 1]))
     batch = {k: v for k, v in rows.items() if k not in TARGETS}
     with torch.no_grad():
         assert torch.equal(logits(call(loaded, batch)), logits(call(done.model, batch)))
-    # Half of a short run's time; one report has been written.
     monkeypatch.setattr(report, "write", lambda folder, *_, **__: folder)
     again = train(recipe, folder="again")
     assert losses("again") == found

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from tests.contract.collect import label, make, of
+from tests.onnx_export import export
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves, tree_map
@@ -243,7 +244,7 @@ def test_onnx_runs_it_to_the_same_outputs(example, tmp_path):
     positional, named = arguments(example, module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(module, positional, kwargs=named, dynamo=True, verbose=False)
+        program = export(module, positional, kwargs=named)
     program.save(tmp_path / "module.onnx")
     session = runtime.InferenceSession(tmp_path / "module.onnx", providers=["CPUExecutionProvider"])
     fed = [t.numpy() for t in tree_leaves((positional, named)) if isinstance(t, Tensor)]

@@ -31,8 +31,9 @@ COMPILED = [
     pytest.param(e, where, id=f"{label(e)}-{where}", marks=[] if e in DISTINCT and where in FAST else pytest.mark.slow)
     for e in PASSES
     for where in ALL
+    if e in DISTINCT or where in FAST
 ]
-"""Compilation takes seconds: but for a pass's first example in two models, the slow run does it."""
+"""Compilation takes seconds: a pass's first example in all models, the others in two, mostly in the slow run."""
 
 
 def prepared(example, where):
@@ -143,7 +144,8 @@ def test_a_rewritten_model_is_copied_and_compiled(example, where):
         warnings.simplefilter("ignore")
         # torch itself breaks the graph at its recurrent layers.
         whole = not any(isinstance(m, nn.RNNBase) for m in model.modules())
-        compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=whole)
+        # What becomes of a graph once traced is the parts' own contract.
+        compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=whole)
         torch.testing.assert_close(out(compiled, batch), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -24,6 +24,8 @@ from lamina.gradients.coding import (
     interleave,
     train_coded,
 )
+from lamina.gradients.coding.actors import _Actor
+from lamina.gradients.coding.crew import Work, save_vector
 from lamina.gradients.coding.tasks import chunk_gradient, row_ranges
 from lamina.gradients.coding.waiting import Waiting
 from lamina.models import Transformer
@@ -443,6 +445,25 @@ def test_a_transformers_model_and_ours_are_trained_in_turns():
     with LocalCrew(3) as crew:
         train_coded(crew, MultiplexedScheme(3, 1, 2, 1), made, optimizers, NextToken(), rows, 2, wait=float("inf"))
     assert_alike(made, exact, atol=1e-5)
+
+
+def test_the_last_words_of_a_run_do_not_reach_the_next():
+    """An actor's threads take calls in any order: the end of a run's last round once ended the next one's first."""
+    models, _ = several(2)
+    scheme = UncodedScheme(2)
+    work = Work(models, objective, rows_of_job, scheme)
+    items = scheme.start(2).plan()[0]
+    first, other = save_vector(models[0]).numpy(), torch.zeros_like(save_vector(models[0])).numpy()
+    actor = _Actor(0, 1, work, None)
+    exact = actor.compute(1, 0, items, {0: 5}, first)[0][0]
+    actor.begin(2, work)
+    assert actor.compute(1, 0, items, {0: 5}, other) == ([], "dropped its messages: the run was over")
+    actor.end_round(1, 11)
+    messages, problem = actor.compute(2, 0, items, {0: 5}, first)
+    assert problem == ""
+    assert (messages[0] == exact).all()
+    actor.end_round(2, 0)
+    assert actor.compute(2, 0, items, {0: 5}, first)[1] == "dropped its messages: the round was over"
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

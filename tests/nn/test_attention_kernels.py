@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.onnx_export import export
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -377,7 +378,7 @@ def test_onnx_runs_every_kernel(name: str, tmp_path: Path) -> None:
     x = torch.randn(2, 21, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(layer, (x,), dynamo=True, verbose=False)
+        program = export(layer, (x,))
     program.save(tmp_path / "layer.onnx")
     session = runtime.InferenceSession(tmp_path / "layer.onnx", providers=["CPUExecutionProvider"])
     found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.contract.example import Example
+from tests.onnx_export import export
 from torch import Tensor, nn
 
 from lamina.errors import LaminaError, ShapeError
@@ -381,7 +382,7 @@ def test_onnx_runs_values_that_are_not_zero_to_the_same_outputs(tmp_path: Any) -
     made, given = Trained(5, 6, out_features=2).eval(), example_inputs()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(made, given, dynamo=True, verbose=False)
+        program = export(made, given)
     program.save(tmp_path / "layer.onnx")
     session = runtime.InferenceSession(tmp_path / "layer.onnx", providers=["CPUExecutionProvider"])
     fed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), given, strict=True)}

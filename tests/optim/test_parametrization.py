@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.contract.example import Example
+from tests.onnx_export import export
 from torch import nn
 
 import lamina
@@ -325,7 +326,7 @@ def test_a_parametrized_model_exports(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         # torch's own exporter calls what torch deprecates.
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (tokens(),), tmp_path / "model.onnx", dynamo=True, verbose=False)
+        export(model, (tokens(),), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size > 1000
 
 

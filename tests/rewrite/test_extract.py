@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.contract.example import Example
 from tests.contract.foreign import ALL, llama
+from tests.onnx_export import export
 from torch import Tensor, nn
 
 from lamina import io
@@ -206,7 +207,7 @@ def test_a_part_is_exported_to_onnx_and_by_torch() -> None:
     exported = torch.export.export(cut, (batch()["pixel_values"],))
     torch.testing.assert_close(exported.module()(batch()["pixel_values"]), out(cut, batch()))
     pytest.importorskip("onnxscript")
-    torch.onnx.export(cut, (batch()["pixel_values"],), dynamo=True, verbose=False)
+    export(cut, (batch()["pixel_values"],))
 
 
 def test_bad_parts_are_refused() -> None:

@@ -124,7 +124,7 @@ def test_resume_at_every_kind_of_moment_gives_the_same_numbers(tmp_path, uninter
 def test_a_process_killed_at_random_moments_goes_on_with_the_same_numbers(tmp_path, uninterrupted) -> None:
     generator = torch.Generator().manual_seed(int(time.time()))
     kills = 0
-    for _ in range(6):
+    for _ in range(4):
         process = start(tmp_path, "resume", slow=0.02)
         wait_for_rows(tmp_path, process)
         time.sleep(float(torch.rand((), generator=generator)) * 0.4)

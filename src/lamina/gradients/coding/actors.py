@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -14,6 +15,8 @@ from torch import Tensor
 from lamina.errors import LaminaError, require
 from lamina.gradients.coding.crew import Delay, Reply, Work, Worker, answered
 from lamina.gradients.coding.scheme import Item
+
+log = logging.getLogger(__name__)
 
 
 class RayCrew:
@@ -48,18 +51,24 @@ class RayCrew:
         self._actors: dict[int, Any] = {}
         self._waiting: dict[Any, tuple[int, int, Any]] = {}
         self._work: Any = None
+        self._run = 0
         self._values: dict[int, tuple[int, Any]] = {}
 
     def begin(self, work: Work) -> None:
-        """Hand out replicas of the models; the actors are started first where there are none."""
+        """Hand out replicas of the models; the actors are started first where there are none, or where one ended."""
         self._work = self.ray.put(work)
+        self._run += 1
         self._waiting.clear()
         self._values.clear()
+        begun = {w: actor.begin.remote(self._run, self._work) for w, actor in self._actors.items()}
         for worker in range(self.workers):
-            if worker in self._actors:
-                self._actors[worker].begin.remote(self._work)
-            else:
-                self._start(worker)
+            try:
+                if worker in begun:
+                    self.ray.get(begun[worker])
+                    continue
+            except self.ray.exceptions.RayActorError:
+                log.warning("worker %d ended between two runs and was replaced", worker)
+            self._start(worker)
         self.processes()
 
     def order(self, worker: int, round: int, items: Sequence[Item], values: Mapping[int, tuple[int, Tensor]]) -> None:
@@ -71,7 +80,9 @@ class RayCrew:
             sent[model] = self._values[model]
         needed = {item.job % len(values) for item in items}
         versions = {m: sent[m][0] for m in needed}
-        future = self._actors[worker].compute.remote(round, list(items), versions, *[sent[m][1] for m in versions])
+        future = self._actors[worker].compute.remote(
+            self._run, round, list(items), versions, *[sent[m][1] for m in versions]
+        )
         self._waiting[future] = worker, round, self._actors[worker]
 
     def reply(self, timeout: float) -> Reply | None:
@@ -100,11 +111,11 @@ class RayCrew:
     def end_round(self, round: int) -> None:
         """Tell every worker that a round is over."""
         for actor in self._actors.values():
-            actor.end_round.remote(round)
+            actor.end_round.remote(self._run, round)
 
     def _start(self, worker: int) -> None:
         remote = self.ray.remote(num_cpus=self.cpus, max_restarts=0, max_concurrency=3)(_Actor)
-        self._actors[worker] = remote.remote(worker, self._work, self.delay)
+        self._actors[worker] = remote.remote(worker, self._run, self._work, self.delay)
 
     def processes(self) -> dict[int, int]:
         """Return the process id of every worker."""
@@ -131,26 +142,35 @@ class RayCrew:
 
 
 class _Actor:
-    """A worker in a process of its own: one order at a time, while another thread hears that a round is over."""
+    """A worker in a process of its own: one order at a time, while another thread hears that a round is over.
 
-    def __init__(self, number: int, work: Work, delay: Delay | None) -> None:
+    Those threads take calls in any order, and the last words of one run may come after the next run began: each
+    carries the number of its run.
+    """
+
+    def __init__(self, number: int, run: int, work: Work, delay: Delay | None) -> None:
         torch.set_num_threads(1)
-        self.hand = Worker(number, work, delay)
+        self.now = run, Worker(number, work, delay)
 
-    def begin(self, work: Work) -> None:
-        self.hand.end_round(sys.maxsize)
-        self.hand = Worker(self.hand.number, work, self.hand.delay)
+    def begin(self, run: int, work: Work) -> None:
+        hand = self.now[1]
+        hand.end_round(sys.maxsize)
+        self.now = run, Worker(hand.number, work, hand.delay)
 
     def compute(
-        self, round: int, items: Sequence[Item], versions: Mapping[int, int], *vectors: Any
+        self, run: int, round: int, items: Sequence[Item], versions: Mapping[int, int], *vectors: Any
     ) -> tuple[list[Any], str]:
+        current, hand = self.now
+        if current != run:
+            return [], "dropped its messages: the run was over"
         values = {m: (v, torch.from_numpy(a.copy())) for (m, v), a in zip(versions.items(), vectors, strict=True)}
-        hand = self.hand
         reply = answered(hand.number, round, lambda: hand.compute(round, items, values))
         return [m.numpy() for m in reply.messages], reply.problem
 
-    def end_round(self, round: int) -> None:
-        self.hand.end_round(round)
+    def end_round(self, run: int, round: int) -> None:
+        current, hand = self.now
+        if current == run:
+            hand.end_round(round)
 
     def process(self) -> int:
         return os.getpid()
