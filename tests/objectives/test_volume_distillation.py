@@ -456,7 +456,8 @@ def test_a_compiled_student_is_followed_eagerly_to_the_same_loss() -> None:
 def test_the_published_sizes_of_the_options_are_the_defaults() -> None:
     follow = VolumeDistillation(GridField(resolution=3))
     assert follow.stages == (1 / 15, 1 / 6)
-    assert follow.weights == {"feature": 0.002, "density": 0.002, "color": 0.002, "render": 1.0}
+    assert follow.weights == {"feature": 0.002, "density": 0.002, "color": 0.002, "render": 1.0, "depth": 0.0}
+    assert (list(follow.hard), follow.hard_points) == ([], None)
     assert (follow.feature_decay, follow.l1, follow.distance) == (0.995, 1e-4, "norm")
     assert isinstance(follow.grid, type(None))
     assert isinstance(VolumeDistillation(GridField(resolution=3), occupancy=4).grid, OccupancyGrid)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -231,20 +232,26 @@ def spheres(x: Tensor) -> tuple[Tensor, Tensor]:
     return density, (each[..., None] * colored).sum(1) / density.clamp(min=1e-6)[:, None]
 
 
-def see_spheres(origins: Tensor, directions: Tensor, samples: int = 192) -> Tensor:
-    """Return what rays see of the made-up scene, from the formula, on white: (N, 3)."""
+Formula = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A made-up scene: points (N, 3) -> density (N,) and colour (N, 3)."""
+
+
+def see_spheres(origins: Tensor, directions: Tensor, samples: int = 192, scene: Formula = spheres) -> Tensor:
+    """Return what rays see of the made-up scene, or of another within 1.2 of the middle, on white: (N, 3)."""
     near = -(origins * directions).sum(1) - 1.2
     step = 2.4 / samples
     t = near[:, None] + step * (torch.arange(samples) + 0.5)
     points = origins[:, None] + t[..., None] * directions[:, None]
-    density, color = spheres(points.flatten(0, 1))
+    density, color = scene(points.flatten(0, 1))
     left = torch.exp(-(density.view(t.shape) * step).cumsum(1))
     weights = torch.cat([torch.ones_like(left[:, :1]), left[:, :-1]], 1) - left
     return (weights[..., None] * color.view(*t.shape, 3)).sum(1) + left[:, -1:]
 
 
-def photograph_spheres(count: int, image: int, seed: int, *, aside: bool = False) -> Photographs:
-    """Take photographs of the made-up scene, from cameras that no random view has; `aside`: other ones."""
+def photograph_spheres(
+    count: int, image: int, seed: int, *, aside: bool = False, scene: Formula = spheres
+) -> Photographs:
+    """Take photographs of a made-up scene, from cameras that no random view has; `aside`: other ones."""
     kind = "test" if aside else "train"
     draws = [torch.rand(2, generator=generator(seed, i, kind)).tolist() for i in range(count)]
     # Evenly spread: a few photographs should not leave a side unseen.
@@ -258,7 +265,7 @@ def photograph_spheres(count: int, image: int, seed: int, *, aside: bool = False
     empty = Photographs(torch.empty(count, image, image, 3), cameras, focal)
     pixels = Pixels(empty)
     rays = [pixels.batch(part) for part in torch.arange(len(pixels)).split(2**12)]
-    seen = torch.cat([see_spheres(r["origins"], r["directions"]) for r in rays])
+    seen = torch.cat([see_spheres(r["origins"], r["directions"], scene=scene) for r in rays])
     return Photographs(seen.view(count, *size, 3), cameras, focal)
 
 

@@ -3,9 +3,11 @@
 objective     the protocol; weighted sums
 evidence_bound  errors of a latent model and the divergence of its posterior
 fourier_smoothness  keep the densities of Fourier heads smooth
+hard_samples  a pool of the rows with the largest errors, for any loss that is one a row; hard_views: of cameras
 hypernetwork  hold the weights that a hypernetwork made for earlier tasks
 supervised    next token, masked token, classification, regression
 distillation  follow a teacher in logits and hidden states, by two dozen methods; teacher_cache: its outputs on disk
+ensemble_distillation  fine-tune on what several teachers say on average; soft_labels: said once, and stored
 matryoshka    one embedding model for several sizes; embedding_losses: what it trains at each; matryoshka_autoencoding
 masked_marginals  what was hidden of a Boltzmann machine's variables
 ponder        mean loss under a learned distribution of exits; weighted_exits: every exit's, weighted
@@ -27,8 +29,13 @@ from lamina.objectives.embedding_losses import CoSENT as CoSENT
 from lamina.objectives.embedding_losses import EmbeddingClassification as EmbeddingClassification
 from lamina.objectives.embedding_losses import InfoNCE as InfoNCE
 from lamina.objectives.embedding_losses import MultipleNegatives as MultipleNegatives
+from lamina.objectives.ensemble_distillation import EnsembleDistillation as EnsembleDistillation
 from lamina.objectives.evidence_bound import EvidenceBound as EvidenceBound
 from lamina.objectives.fourier_smoothness import FourierSmoothness as FourierSmoothness
+from lamina.objectives.hard_samples import HardPoints as HardPoints
+from lamina.objectives.hard_samples import HardRays as HardRays
+from lamina.objectives.hard_samples import HardSamples as HardSamples
+from lamina.objectives.hard_views import HardViews as HardViews
 from lamina.objectives.hypernetwork import HyperNetworkDrift as HyperNetworkDrift
 from lamina.objectives.masked_marginals import MaskedMarginals as MaskedMarginals
 from lamina.objectives.matryoshka import Matryoshka as Matryoshka
@@ -50,6 +57,8 @@ from lamina.objectives.similarity import cauchy as cauchy
 from lamina.objectives.similarity import gaussian as gaussian
 from lamina.objectives.similarity import rbf as rbf
 from lamina.objectives.slow_kernels import SlowNeuralLoss as SlowNeuralLoss
+from lamina.objectives.soft_labels import SoftLabelStore as SoftLabelStore
+from lamina.objectives.soft_labels import soft_labels as soft_labels
 from lamina.objectives.solver_cost import GlobalSolverCost as GlobalSolverCost
 from lamina.objectives.solver_cost import LocalSolverCost as LocalSolverCost
 from lamina.objectives.supervised import Classification as Classification

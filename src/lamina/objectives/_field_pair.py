@@ -112,22 +112,27 @@ def distances(
 ) -> dict[str, Tensor]:
     """Return the distance of each pair of equally large tensors, 0-dim float32.
 
-    "norm" is the Frobenius norm of the whole difference, over all processes; its gradient is such that the mean over
-    processes, weighted by `count`, is the gradient of that norm.
+    "norm" is the Frobenius norm of the whole difference, "mse" its mean square, over all processes; gradients are such
+    that their mean over processes, weighted by `count`, is the gradient of that. What has no element is 0.
     """
     if not pairs:
         return {}
     gaps = {name: (a.float() - b.float()) for name, (a, b) in pairs.items()}
-    if kind == "mse":
-        return {name: gap.square().sum() / max(gap.numel(), 1) for name, gap in gaps.items()}
     own = torch.stack([gap.square().sum() for gap in gaps.values()])
-    if not several_processes():
-        return dict(zip(gaps, (own + SMALLEST).sqrt(), strict=True))
-    whole = torch.cat([own.detach(), count.reshape(1).to(own)])
-    dist.all_reduce(whole)
-    root = (whole[:-1] + SMALLEST).sqrt()
-    share = whole[-1] / count.clamp(min=1)
-    return dict(zip(gaps, root + share * (own - own.detach()) / (2 * root), strict=True))
+    # Processes need not have equally many points.
+    sizes = own.new_tensor([gap.numel() for gap in gaps.values()])
+    whole, size, share = own.detach(), sizes, own.new_ones(())
+    if several_processes():
+        every = torch.cat([whole, sizes, count.reshape(1).to(own)])
+        dist.all_reduce(every)
+        whole, size, share = every[: len(own)], every[len(own) : -1], every[-1] / count.clamp(min=1)
+    by = share * (own - own.detach())
+    if kind == "mse":
+        found = (whole + by) / size.clamp(min=1)
+    else:
+        root = (whole + SMALLEST).sqrt()
+        found = torch.where(size > 0, root, 0.0) + by / (2 * root)
+    return dict(zip(gaps, found, strict=True))
 
 
 def within_forward(model: nn.Module, run: Callable[[], T]) -> T:

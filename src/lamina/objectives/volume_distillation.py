@@ -1,9 +1,12 @@
-"""Volume distillation: follow another field point by point, then ray by ray; no photographs needed."""
+"""Volume distillation: follow another field point by point, then ray by ray; no photographs needed.
+
+Active learning (`active`) looks for more of what the student gets wrong: views, rays, points.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,8 +16,9 @@ from torch.nn import Parameter
 
 from lamina.batches import Batch, bare
 from lamina.errors import LaminaError, nearest
-from lamina.nn.fields import OccupancyGrid, Samples, VolumeRenderer, truncated_exp
+from lamina.nn.fields import OccupancyGrid, Rendering, Samples, VolumeRenderer, truncated_exp
 from lamina.nn.fields.render import check_rays
+from lamina.objectives._field_mining import Active, hard_parts, observe
 from lamina.objectives._field_pair import (
     Told,
     check_pair,
@@ -24,11 +28,15 @@ from lamina.objectives._field_pair import (
     geometry_of,
     within_forward,
 )
+from lamina.objectives.hard_samples import HardPoints as HardPoints
+from lamina.objectives.hard_samples import HardRays as HardRays
+from lamina.objectives.hard_samples import HardSamples as HardSamples
+from lamina.objectives.hard_views import HardViews as HardViews
 from lamina.objectives.objective import Losses
 from lamina.recipe import Node, factory
 from lamina.registry import Slot, register
 
-WEIGHTS = {"feature": 0.002, "density": 0.002, "color": 0.002, "render": 1.0}
+WEIGHTS = {"feature": 0.002, "density": 0.002, "color": 0.002, "render": 1.0, "depth": 0.0}
 """Of the distances, as published; the first decays."""
 
 
@@ -48,17 +56,22 @@ class VolumeDistillation(nn.Module):
             latest rewrite, and until then the loss is 0.
         renderer: a `VolumeRenderer`, or its options by name; None: the student's own.
         stages: fractions of training at which stage 1 and stage 2 end, told by `set_progress`; (0, 0) = all at once.
-        weights: of the distances `feature`, `density`, `color`, `render`; what is not named stays as published.
+        weights: of the distances `feature`, `density`, `color`, `render`, `depth` (expected distances of what rays
+            see, published as 0: off); what is not named stays as published.
         feature_decay: the feature's weight is multiplied by it at every step.
         l1: weight of the sum of mean absolute values of a low-rank student's density factors, in stage 3.
         distance: "norm", of the whole batch's difference, or "mse", its mean square.
         occupancy: cells a side of a grid of what the teacher fills, outside of which neither is asked; None = the
             teacher's own grid, if it has one. The student's own is not used.
+        active: any of `HardViews()`, `HardRays()`, `HardPoints()` (or their names, or nodes: `hard_views`, ...), in
+            training alone. They look at what was rendered, so they begin with stage 3: views and rays change the
+            batches to come, points leave out of the point-wise distances what neither field shows.
     Raises:
         LaminaError: fractions not 0 <= first <= second <= 1, a negative or unknown weight, a decay outside 0..1; (at
             the call) no field, fields of two boxes, a teacher that is not finite, a batch without rays or directions.
         ShapeError: (at the call) directions that are not of length 1.
-    Source: as registered, equations 2 to 5 and section 4.1; hyperparameters of the official code.
+    Source: as registered, equations 2 to 5 and section 4.1; hyperparameters of the official code. Active learning, and
+        the loss of depths: Fang et al., Progressive Volume Distillation with Active Learning (2023), arXiv 2304.04012.
     Deviation: with several micro-batches a "norm" is of each of them; over several processes it is of the whole batch.
     Example:
         >>> from lamina.nn.fields import GridField
@@ -82,9 +95,11 @@ class VolumeDistillation(nn.Module):
         l1: float = 1e-4,
         distance: Literal["norm", "mse"] = "norm",
         occupancy: int | None = None,
+        active: Sequence[Active] = (),
     ) -> None:
         super().__init__()
         self.weights = _weights(weights or {}, feature_decay, l1)
+        self.names = tuple(n for n, w in WEIGHTS.items() if w or self.weights[n])
         if not 0 <= stages[0] <= stages[1] <= 1:
             raise LaminaError(f"stages must be two fractions 0 <= first <= second <= 1, got {tuple(stages)}")
         if distance not in ("norm", "mse"):
@@ -95,6 +110,8 @@ class VolumeDistillation(nn.Module):
         self._told = self._counted = False
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.grid: OccupancyGrid | None = None
+        hard, self.hard_points = hard_parts(active)
+        self.hard = nn.ModuleList(hard)
         # A teacher that was given is known without a checkpoint: it stays outside of the module tree.
         self._given: tuple[nn.Module, ...] = ()
         self.taken: nn.Module | None = None
@@ -116,6 +133,8 @@ class VolumeDistillation(nn.Module):
     def set_progress(self, fraction: float) -> None:
         """Learn how far training is; a step counts once each time this is told."""
         self.fraction, self._told, self._counted = fraction, True, False
+        for part in self.hard:
+            part.set_progress(fraction)  # type: ignore[operator]
 
     def stage(self) -> int:
         """Return which stage it is: 1, 2 or 3. An evaluation is in stage 3."""
@@ -132,6 +151,10 @@ class VolumeDistillation(nn.Module):
             return self._with_names({"loss": zero, "count": zero + rows}, {})
         taught = field_in(teacher)
         self._check(student, taught)
+        mining = torch.is_grad_enabled() and not _rows_of(batch).is_meta
+        if mining and (self.hard or self.hard_points):
+            batch = self._propose(batch)
+            rows = len(_rows_of(batch))
         renderer = self.renderer or getattr(bare(model), "renderer", None)
         places = self._places(batch, renderer, taught)
         stage = self.stage() if places.samples is not None else min(self.stage(), 2)
@@ -148,7 +171,9 @@ class VolumeDistillation(nn.Module):
         if found.color is not None:
             with torch.no_grad():
                 goal.color = taught.color(goal.raw, places.d).float()
-        pairs = self._pairs(found, goal, places, renderer if stage == 3 else None)
+        pairs = self._pairs(found, goal, places, renderer if stage == 3 else None, mining)
+        if mining and "render" in pairs:
+            observe(self.hard, batch, *pairs["render"])
         return self._sum(pairs, student, model, rows, stage)
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
@@ -161,6 +186,17 @@ class VolumeDistillation(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def _propose(self, batch: Batch) -> Batch:
+        """Return the batch as active learning wants it."""
+        if "origins" not in batch:
+            raise LaminaError(
+                f"active learning looks for hard views, rays and points of rays: it needs 'origins' and 'directions' "
+                f"in the batch, which has {sorted(batch)}"
+            )
+        for part in self.hard:
+            batch = part.propose(batch)  # type: ignore[operator]
+        return batch
 
     def _places(self, batch: Batch, renderer: VolumeRenderer | None, taught: Any) -> Places:
         """Return the points at which both are asked."""
@@ -192,9 +228,9 @@ class VolumeDistillation(nn.Module):
         return self.grid if self.cells is not None else getattr(self.teacher, "occupancy", None)
 
     def _pairs(
-        self, found: Told, goal: Told, places: Places, renderer: VolumeRenderer | None
+        self, found: Told, goal: Told, places: Places, renderer: VolumeRenderer | None, mining: bool
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return what is compared: student's and teacher's by name."""
+        """Return what is compared: student's and teacher's by name; of points, in mining, the hard ones alone."""
         pairs = {}
         if found.feature is not None and goal.feature is not None and found.feature.shape == goal.feature.shape:
             pairs["feature"] = found.feature, goal.feature
@@ -206,7 +242,14 @@ class VolumeDistillation(nn.Module):
             pairs = {name: (0 * a, 0 * b) for name, (a, b) in pairs.items()}
         if renderer is not None and places.samples is not None:
             behind = renderer.behind(places.samples.steps)
-            pairs["render"] = tuple(_seen(t, places, renderer, behind) for t in (found, goal))  # type: ignore[assignment]
+            seen, shown = (_seen(t, places, renderer, behind) for t in (found, goal))
+            if mining and self.hard_points is not None:
+                hard = self.hard_points.select_either(seen.weights.detach(), shown.weights).flatten()
+                rows = (hard if places.rows is None else hard[places.rows]).nonzero().squeeze(1)
+                pairs = {name: (a[rows], b[rows]) for name, (a, b) in pairs.items()}
+            pairs["render"] = seen.color, shown.color
+            if self.weights["depth"]:
+                pairs["depth"] = seen.depth, shown.depth
         return pairs
 
     def _sum(
@@ -231,11 +274,10 @@ class VolumeDistillation(nn.Module):
             self._counted = self._told
         return self._with_names(losses, found)
 
-    @staticmethod
-    def _with_names(losses: Losses, found: Mapping[str, Tensor]) -> Losses:
+    def _with_names(self, losses: Losses, found: Mapping[str, Tensor]) -> Losses:
         """Add every distance to be logged; those that are not of this stage are 0."""
         zero = torch.zeros_like(losses["loss"].detach())
-        return losses | {name: found[name].detach() if name in found else zero for name in WEIGHTS}
+        return losses | {name: found[name].detach() if name in found else zero for name in self.names}
 
     def _check(self, student: Any, taught: Any) -> None:
         if self._checked != (id(student), id(taught)):
@@ -273,8 +315,8 @@ class Places:
     """No point holds anything: the one that is asked weighs nothing."""
 
 
-def _seen(told: Told, places: Places, renderer: VolumeRenderer, behind: Tensor) -> Tensor:
-    """Render what a field told of the points: (R, 3)."""
+def _seen(told: Told, places: Places, renderer: VolumeRenderer, behind: Tensor) -> Rendering:
+    """Render what a field told of the points."""
     samples, s, color = places.samples, told.density, told.color
     assert samples is not None
     assert s is not None
@@ -286,7 +328,7 @@ def _seen(told: Told, places: Places, renderer: VolumeRenderer, behind: Tensor) 
         count = samples.steps.numel()
         sigma = sigma.new_zeros(count).index_put((places.rows,), sigma)
         color = color.new_zeros(count, 3).index_put((places.rows,), color)
-    return renderer.composite(sigma.view(shape), color.view(*shape, 3), samples, behind).color
+    return renderer.composite(sigma.view(shape), color.view(*shape, 3), samples, behind)
 
 
 def _rows_of(batch: Batch) -> Tensor:

@@ -41,6 +41,9 @@ def capture(live: Live) -> tuple[dict[str, Any], dict[str, Tensor]]:
     own: dict[str, Any] = {"random": _random_state()}
     if live.reducer is not None:
         own["reducer"] = pack(live.reducer.state_dict(), f"reducer.{live.world.rank}", tensors)
+    shared, of_process = _objective_state(live.objective)
+    if of_process:
+        own["objective"] = pack(of_process, f"objective_of.{live.world.rank}", tensors)
     plain = {
         "model": pack(model_state(live.placed.bare), "model", tensors),
         "optimizer": pack(_optimizer_state(live), "optimizer", tensors),
@@ -49,7 +52,7 @@ def capture(live: Live) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "processes": live.world.everyone(own),
     }
     if hasattr(live.objective, "state_dict"):
-        plain["objective"] = pack(live.objective.state_dict(), "objective", tensors)
+        plain["objective"] = pack(shared, "objective", tensors)
     return plain, tensors
 
 
@@ -64,9 +67,11 @@ def restore(live: Live, loaded: Loaded) -> None:
     _restore_optimizer(live, loaded)
     live.loader.load_state_dict(plain["loader"])
     live.scaler.load_state_dict(plain["scaler"])
-    if "objective" in plain and hasattr(live.objective, "load_state_dict"):
-        live.objective.load_state_dict(_read(plain["objective"], loaded))
     processes = plain["processes"]
+    if "objective" in plain and hasattr(live.objective, "load_state_dict"):
+        # A process that was not there begins with what the last one had.
+        of_process = processes[min(live.world.rank, len(processes) - 1)].get("objective", {})
+        live.objective.load_state_dict(_read(plain["objective"], loaded) | _read(of_process, loaded))
     if live.reducer is not None:
         if len(processes) != live.world.size:
             raise LaminaError(
@@ -76,6 +81,15 @@ def restore(live: Live, loaded: Loaded) -> None:
         live.reducer.load_state_dict(_read(processes[live.world.rank]["reducer"], loaded))
     if live.world.rank < len(processes):
         _set_random_state(processes[live.world.rank]["random"])
+
+
+def _objective_state(objective: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the state of an objective, and apart from it that of its modules that say `per_process`."""
+    state = objective.state_dict() if hasattr(objective, "state_dict") else {}
+    modules = objective.named_modules() if isinstance(objective, nn.Module) else ()
+    apart = tuple(f"{path}." if path else "" for path, m in modules if getattr(m, "per_process", False))
+    of_process = {k: v for k, v in state.items() if k.startswith(apart)} if apart else {}
+    return {k: v for k, v in state.items() if k not in of_process}, of_process
 
 
 def restore_model(model: nn.Module, loaded: Loaded) -> None:
