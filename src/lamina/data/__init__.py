@@ -10,6 +10,9 @@ from lamina.data.byte_transforms import ByteShuffle as ByteShuffle
 from lamina.data.byte_transforms import PositionMask as PositionMask
 from lamina.data.byte_transforms import byte_table as byte_table
 from lamina.data.cortical_thickness import cortical_thickness as cortical_thickness
+from lamina.data.crops import Crops as Crops
+from lamina.data.crops import crop as crop
+from lamina.data.crops import random_crops as random_crops
 from lamina.data.digit_images import digit_images as digit_images
 from lamina.data.examples import Columns as Columns
 from lamina.data.examples import Data as Data

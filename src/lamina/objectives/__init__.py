@@ -7,6 +7,7 @@ hard_samples  a pool of the rows with the largest errors, for any loss that is o
 hypernetwork  hold the weights that a hypernetwork made for earlier tasks
 supervised    next token, masked token, classification, regression
 distillation  follow a teacher in logits and hidden states, by two dozen methods; teacher_cache: its outputs on disk
+ensemble_distillation  fine-tune on what several teachers say on average; soft_labels: said once, and stored
 matryoshka    one embedding model for several sizes; embedding_losses: what it trains at each; matryoshka_autoencoding
 masked_marginals  what was hidden of a Boltzmann machine's variables
 ponder        mean loss under a learned distribution of exits; weighted_exits: every exit's, weighted
@@ -28,6 +29,7 @@ from lamina.objectives.embedding_losses import CoSENT as CoSENT
 from lamina.objectives.embedding_losses import EmbeddingClassification as EmbeddingClassification
 from lamina.objectives.embedding_losses import InfoNCE as InfoNCE
 from lamina.objectives.embedding_losses import MultipleNegatives as MultipleNegatives
+from lamina.objectives.ensemble_distillation import EnsembleDistillation as EnsembleDistillation
 from lamina.objectives.evidence_bound import EvidenceBound as EvidenceBound
 from lamina.objectives.fourier_smoothness import FourierSmoothness as FourierSmoothness
 from lamina.objectives.hard_samples import HardPoints as HardPoints
