@@ -65,6 +65,27 @@ EXAMPLES = [
         batch=batch,
         bad={"feature_decay": 1.5},
     ),
+    Example(
+        "objective",
+        "volume_distillation",
+        {
+            "teacher": {"name": "radiance_field", "field": HASH, "samples": 5, "seed": 4},
+            "stages": [0, 0],
+            "distance": "mse",
+            "active": [
+                {"name": "hard_views", "ratio": 0.5, "capacity": 1},
+                {"name": "hard_rays", "ratio": 0.4, "capacity": 4},
+                {"name": "hard_points", "min_opacity": 0.2},
+            ],
+        },
+        model=student,
+        batch=lambda: {
+            **batch(),
+            "pose_id": torch.zeros(6, dtype=torch.int64),
+            "epoch": torch.zeros(6, dtype=torch.int64),
+        },
+        bad={"active": ["hard_point"]},
+    ),
 ]
 
 

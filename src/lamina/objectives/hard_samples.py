@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -231,7 +230,6 @@ class HardRays(HardSamples):
         super().__init__(capacity, ratio, names=names, start=start, max_error_quantile=max_error_quantile, seed=seed)
 
 
-@dataclass(frozen=True)
 class HardPoints:
     """The third level of active learning of fields: the points that make a ray's colour, where the ray hits something.
 
@@ -247,13 +245,12 @@ class HardPoints:
                 [False, False, False]])
     """
 
-    keep: float = 0.3
-    min_opacity: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
-        if not 0 < self.keep <= 1 or not 0 <= self.min_opacity <= 1:
-            raise LaminaError(f"keep must be above 0 and at most 1 and min_opacity in 0..1, got {self.keep} and {self.min_opacity}")  # fmt: skip  # noqa: E501
+    def __init__(self, keep: float = 0.3, min_opacity: float = 0.5) -> None:
+        if not 0 < keep <= 1 or not 0 <= min_opacity <= 1:
+            raise LaminaError(
+                f"keep must be above 0 and at most 1 and min_opacity in 0..1, got {keep} and {min_opacity}"
+            )
+        self.keep, self.min_opacity = keep, min_opacity
 
     def select(self, weights: Tensor) -> Tensor:
         """Return which points count: weights (R, n) of a rendering -> bool (R, n)."""
