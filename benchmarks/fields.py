@@ -8,7 +8,7 @@ Run: OMP_NUM_THREADS=1 python -m benchmarks fields
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Row, pair, write
 from lamina.data.scenes import looking_at_middle, rays_of
 from lamina.nn import GridField, HashField, LowRankField, MLPField, OccupancyGrid, VolumeRenderer
-from lamina.objectives import VolumeDistillation
+from lamina.objectives import HardPoints, HardRays, VolumeDistillation
 
 RAYS, SAMPLES = 128, 64
 
@@ -61,10 +61,10 @@ def encoding(field: HashField, *, plain: bool) -> Callable[[], object]:
     return run
 
 
-def distilling(stage: tuple[float, float]) -> Callable[[], object]:
+def distilling(stage: tuple[float, float], active: Sequence[HardRays | HardPoints] = ()) -> Callable[[], object]:
     """A step of distillation, hash to perceptron of 64."""
     student = MLPField(depth=4, width=64, frequencies=5, skip=None)
-    follow = VolumeDistillation(HashField(), VolumeRenderer(SAMPLES), stages=stage)
+    follow = VolumeDistillation(HashField(), VolumeRenderer(SAMPLES), stages=stage, active=active)
     follow.set_progress(0.5)
     batch = dict(zip(("origins", "directions"), rays(), strict=True))
 
@@ -121,6 +121,14 @@ def main() -> None:
     what = "a step of distillation, hash to a perceptron of 64"
     steps = distilling((1.0, 1.0)), distilling((0.0, 0.0))
     rows.append(pair(what, *steps, names=("stage 1", "stage 3"), goal="< 1", rounds=11))
+    plain = distilling((0.0, 0.0))
+    for names, active, goal in (
+        (("hard points", "all points"), [HardPoints(min_opacity=0.0)], "<= 1.1"),
+        (("hard rays and points, a tenth more rays", "plain"), [HardRays(capacity=RAYS), HardPoints()], "<= 1.2"),
+    ):
+        # Ten steps fill the pool.
+        mined = distilling((0.0, 0.0), active)
+        rows.append(pair(what, mined, plain, names=names, goal=goal, rounds=21, warmup=12))
     what = f"{RAYS} rays of {SAMPLES} samples, an eighth of the box occupied, forward"
     skipped = empty(hashed), looking(hashed, learning=False)
     rows.append(pair(what, *skipped, names=("with the occupancy grid", "without"), goal="< 1", rounds=11))

@@ -257,7 +257,7 @@ def test_a_run_killed_in_an_epoch_goes_on_with_the_same_pools(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_each_process_gets_its_own_pools_back(tmp_path: Path) -> None:
-    first, second = in_processes(resumed, 2, tmp_path)
+    first, second = in_processes(resumed, 2, tmp_path, tmp_path)
     for name in ("0.new_frame", "1.pool_directions"):
         assert first[name].shape == second[name].shape
         assert not torch.equal(first[name], second[name]), name
