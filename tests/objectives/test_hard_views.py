@@ -48,18 +48,21 @@ def changed(proposed: list[dict[str, Tensor]], epoch: int) -> list[int]:
 
 
 def test_the_worst_tenth_is_kept_and_exactly_a_tenth_of_later_epochs_is_replaced() -> None:
-    hard = HardViews(capacity=6, from_epoch=3)
+    hard = HardViews(capacity=4, from_epoch=3)
     for epoch in range(7):
+        before = hard.pool.get("centre", torch.empty(0)).clone()
         proposed = lived(hard, range(epoch, epoch + 1))
-        assert int(hard.filled) == min(2 * epoch, 6)
-        # Full after the third epoch; replaced in every epoch after from_epoch.
+        assert int(hard.filled) == min(2 * epoch, 4)
+        # Full after the second epoch; replaced in every epoch after from_epoch, as are the drawn rows of the pool.
+        if epoch > 2:
+            assert (hard.pool["centre"] != before).any(1).sum() == (0 if epoch <= 3 else 2)
         assert len(changed(proposed, epoch)) == (0 if epoch <= 3 else 2)
         assert sorted(hard.replaced) == changed(proposed, epoch)
         if epoch == 1:
             heights = torch.stack([camera(p)[:3, 3] for p in range(POSES)])
             worst = heights[heights[:, 2].topk(2).indices]
             torch.testing.assert_close(hard.pool["centre"], worst)
-    assert hard._buffers["pool_centre"].shape == (6, 3)
+    assert hard._buffers["pool_centre"].shape == (4, 3)
 
 
 def test_a_replaced_camera_is_a_pool_camera_turned_a_little_about_its_centre() -> None:
@@ -81,6 +84,10 @@ def test_a_replaced_camera_is_a_pool_camera_turned_a_little_about_its_centre() -
             given = view(pose, epoch)
             found = hard.propose(given)
             torch.testing.assert_close(found["directions"].norm(dim=1), torch.ones(16))
+            number = hard.replaced.index(pose)
+            looks = nn.functional.normalize(found["directions"].sum(0), dim=0)
+            torch.testing.assert_close(looks, -hard.new_frame[number, :, 2], atol=1e-5, rtol=0)
+            assert torch.equal(found["origins"], hard.new_centre[number].expand(16, 3))
             # Rigidly: angles between rays are what they were.
             for d in (given["directions"], found["directions"]):
                 assert d.dtype == torch.float32
@@ -150,7 +157,9 @@ def test_a_temperature_draws_hard_views_by_their_psnr() -> None:
         lived(hard, range(1))
         hard.propose(view(0, 1))
         chosen.append(tuple(hard.pool["centre"][:, 2].tolist()))
-    assert len(set(chosen[:5])) == 1, "cold: the worst"
+    heights = torch.stack([camera(p)[2, 3] for p in range(POSES)])
+    for drawn in chosen[:5]:
+        assert sorted(drawn) == pytest.approx(heights.topk(2).values.sort().values.tolist()), "cold: the worst"
     assert len(set(chosen)) > 10, "hot: nearly any"
 
 
