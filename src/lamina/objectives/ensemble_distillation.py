@@ -35,6 +35,8 @@ COMPARED = 10
 """Batches over which students and teachers are compared on labels, where there are any."""
 KNOWS = 0.95
 """Of a uniform guess's divergence from the teachers: a student above that has not been trained."""
+TELLS = 0.25
+"""Of ln(classes): teachers from whom a guess is nearer than that say too little to tell by."""
 
 Role = Literal["cooperative", "adversarial"]
 
@@ -279,9 +281,9 @@ class EnsembleDistillation(nn.Module):
         if self._looked or self._healing or self.allow_scratch or student.is_meta or not float(losses["count"]):
             return
         self._looked = True
-        guess = math.log(student.shape[-1]) - float(_mean(own, kept))
-        found = float(losses["kl"])
-        if guess > 1e-3 and not found < KNOWS * guess:
+        most = math.log(student.shape[-1])
+        guess, found = most - float(_mean(own, kept)), float(losses["kl"])
+        if guess >= TELLS * most and not found < KNOWS * guess:
             raise LaminaError(
                 f"the student was not trained: it is {found:.3g} nats from what the teachers say, a uniform guess "
                 f"{guess:.3g}; begin with its trained weights, or say allow_scratch=True"
