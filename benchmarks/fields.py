@@ -121,14 +121,6 @@ def main() -> None:
     what = "a step of distillation, hash to a perceptron of 64"
     steps = distilling((1.0, 1.0)), distilling((0.0, 0.0))
     rows.append(pair(what, *steps, names=("stage 1", "stage 3"), goal="< 1", rounds=11))
-    plain = distilling((0.0, 0.0))
-    for names, active, goal in (
-        (("hard points", "all points"), [HardPoints(min_opacity=0.0)], "<= 1.1"),
-        (("hard rays and points, a tenth more rays", "plain"), [HardRays(capacity=RAYS), HardPoints()], "<= 1.2"),
-    ):
-        # Ten steps fill the pool.
-        mined = distilling((0.0, 0.0), active)
-        rows.append(pair(what, mined, plain, names=names, goal=goal, rounds=21, warmup=12))
     what = f"{RAYS} rays of {SAMPLES} samples, an eighth of the box occupied, forward"
     skipped = empty(hashed), looking(hashed, learning=False)
     rows.append(pair(what, *skipped, names=("with the occupancy grid", "without"), goal="< 1", rounds=11))
