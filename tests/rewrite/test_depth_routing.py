@@ -155,6 +155,25 @@ def test_protected_tokens_enter_through_a_batch_entry_that_the_model_never_sees(
         call(model, {"input_ids": x, "question": protect[:, 1:]})
 
 
+def test_protected_tokens_enter_by_threshold_too_and_a_prompts_mask_ends_with_the_prompt():
+    model = route(llama(), [2, 3], protect="question", threshold_prefill=1.0, threshold_decode=1.0).eval()
+    x = ids()
+    protect = torch.zeros(4, 20, dtype=torch.bool)
+    protect[:, 7:12] = True
+    protect[2, 0] = True
+    seen = []
+    with probe.observe(model, dict.fromkeys(routings(model), lambda m, a, k, o: seen.append(o))), torch.no_grad():
+        past = model(input_ids=x, question=protect, use_cache=True).past_key_values
+        assert all(torch.equal(c.enters, protect) for c in seen)
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+            model(input_ids=x, question=protect, use_cache=False)
+        assert all(torch.equal(c.enters, protect) for c in seen[2:])
+        model(input_ids=x[:, :1], question=protect, past_key_values=past, use_cache=True)
+    assert not any(c.enters.any() for c in seen[4:])
+    with pytest.raises(LaminaError, match=r"protect \(4, 19\) for tokens \(4, 20\)"):
+        model(input_ids=x, question=protect[:, 1:], use_cache=False)
+
+
 @pytest.mark.parametrize("scale", ["mlp", "block", "none"])
 def test_the_task_reaches_the_router_exactly_if_it_scales(scale):
     model = route(gpt2(), [1, 3], scale=scale).train()

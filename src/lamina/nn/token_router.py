@@ -142,7 +142,7 @@ class TokenRouting(nn.Module):
         """Decide about tokens z (B, T, C).
 
         Args:
-            protect: (B, T) bool, tokens that must enter; looked at where the k likeliest do.
+            protect: (B, T) bool, tokens that must enter, whatever the router says.
             real: (B, T) bool, False = padding, which never enters by threshold, and last by rank.
             decoding: one new token a row, the others are cached.
         """
@@ -151,6 +151,9 @@ class TokenRouting(nn.Module):
         p = logits.softmax(-1)[..., ENTER]
         if not self.by_rank:
             enters = p >= (self.threshold_decode if decoding else self.threshold_prefill)
+            if protect is not None:
+                _check_mask("protect", protect, p)
+                enters = enters | protect.bool()
             return Choice(logits, p, enters if real is None else enters & real, None, real)
         index, count = choose(p, protect, self.skipped, real=real)
         if count == p.shape[1]:
@@ -181,10 +184,8 @@ def choose(
         that one with p = 0 wins over an unprotected one with p = 1.
     """
     for name, mask in (("protect", protect), ("real", real)):
-        if mask is not None and mask.shape != p.shape:
-            raise ShapeError(
-                f"token routing got {name} {tuple(mask.shape)} for tokens {tuple(p.shape)} (batch, tokens)"
-            )
+        if mask is not None:
+            _check_mask(name, mask, p)
     tokens, score = p.shape[1], p.detach()
     skippable = tokens
     if real is not None:
@@ -199,6 +200,11 @@ def choose(
         return torch.arange(tokens, device=p.device).expand(len(p), -1), count
     order = score.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return order.sort(dim=1).values, count
+
+
+def _check_mask(name: str, mask: Tensor, p: Tensor) -> None:
+    if mask.shape != p.shape:
+        raise ShapeError(f"token routing got {name} {tuple(mask.shape)} for tokens {tuple(p.shape)} (batch, tokens)")
 
 
 def kept(tokens: int, skippable: int, skip: float) -> int:

@@ -111,7 +111,7 @@ class Routed:
         if find_cache(given):
             # One graph it cannot be; in several, this part runs outside them.
             return torch.compiler.disable(self._by_threshold)(x, given, z, real)
-        return self._all(x, given, self.routing(z, None, real), real)
+        return self._all(x, given, self.routing(z, self.protected.mask, real), real)
 
     def _by_rank(self, x: Tensor, given: dict[str, Any], choice: Choice) -> Any:
         index = choice.top
@@ -133,7 +133,11 @@ class Routed:
     def _by_threshold(self, x: Tensor, given: dict[str, Any], z: Tensor, real: Tensor | None) -> Any:
         found = find_slots(given, self.block, x.shape[1])
         slots, before = (None, 0) if found is None else found
-        choice = self.routing(z, None, real, decoding=before > 0 and x.shape[1] == 1)
+        protect = self.protected.mask
+        if before and protect is not None and protect.shape[1] != x.shape[1]:
+            # The mask of a prompt that is cached by now says nothing of what came after it.
+            protect = None
+        choice = self.routing(z, protect, real, decoding=before > 0 and x.shape[1] == 1)
         if before and self.place.positions == "compact":
             raise LaminaError(
                 "positions='compact' cannot go on from a cache: the arrays of earlier positions are gone; pass "

@@ -53,8 +53,9 @@ class DepthRouting:
         scale: what the probability to enter multiplies, so that the router learns from the task: the feed-forward
             ("mlp"), the block's whole update ("block", as in Mixture-of-Depths), or "none".
         positions: of the tokens that enter: their "original" ones, or "compact", 0..k-1 in each routed block.
-        protect: name of a batch entry (B, T) bool: tokens that must enter in training, such as a question and its
-            answer. The rewritten model's forward takes it under that name.
+        protect: name of a batch entry (B, T) bool: tokens that must enter, such as a question and its answer. The
+            rewritten model's forward takes it under that name, in training and afterwards: without it a router decides
+            of those tokens too, which it has seen enter whatever it said.
         skippable: instead of `protect`: ids of the tokens that may be skipped, such as an image's placeholder.
         router: one for all routed blocks ("shared"), or one for each ("per_layer").
         threshold_prefill, threshold_decode: probability from which a token enters in evaluation, 0..1: among many
