@@ -191,7 +191,7 @@ def test_a_wrong_option_of_the_command_line_is_code_2(capsys: pytest.CaptureFixt
     ("words", "sentence"),
     [
         (["train", "firts"], "no recipe file 'firts', and none is shipped under that name; did you mean 'first'"),
-        (["train", "min.yaml"], "no recipe file 'min.yaml', and none is shipped under that name; did you mean 'mine.yaml'? (shipped: "),
+        (["train", "min.yaml"], "no recipe file 'min.yaml', and none is shipped under that name; did you mean 'mine.yaml'"),
         (["train", "mine.yaml", "other"], "expected one recipe and overrides like optimizer.lr=1e-3, got mine.yaml, other"),
         (["train", "mine.yaml", "--name", "a", "--folder", "b"], "give --name or --folder, not both (got 'a' and 'b')"),
         (["train", "mine.yaml", "model.width=!oneof [2, 4]"], "override 'model.width=!oneof [2, 4]': model.width: this choice is open, so the recipe is a search space: `lamina search` runs it"),

@@ -21,6 +21,17 @@ ALL = of("norm", "layer", "mixer", "field", "model")
 MODULES = [e for e in ALL if not e.size_of]
 REPRESENTATIVE = {"layer_norm", "attention", "feed_forward", "transformer"}
 
+FIRST = list({e.name: e for e in reversed(MODULES)}.values())
+"""The first example of each part."""
+
+
+def backend_of(example):
+    """Inductor for a few; a part's gradients in the graph for its first example, but of models, which consist of parts
+    and have compiled tests of their own, as of further examples, only that one graph holds them."""
+    if example.name in REPRESENTATIVE and example in FIRST:
+        return "inductor"
+    return "aot_eager" if example.kind != "model" and example in FIRST else "eager"
+
 
 def seeded(example):
     torch.manual_seed(0)
@@ -127,10 +138,9 @@ def test_one_graph_of_torch_compile_gives_the_eager_outputs_and_gradients(exampl
     if example.no_compile:
         pytest.skip(example.no_compile)
     torch.compiler.reset()
-    backend = "inductor" if example.name in REPRESENTATIVE else "aot_eager"
     eager, run = seeded(example), feed(example)
     compiled_of = copy.deepcopy(eager)
-    compiled = torch.compile(compiled_of, backend=backend, fullgraph=True)
+    compiled = torch.compile(compiled_of, backend=backend_of(example), fullgraph=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(2)
