@@ -39,10 +39,10 @@ class DepthRouting:
     """Turn blocks of a trained transformer into a mixture of depths: only some of the tokens pass through them.
 
     A tiny router scores each token. In training the likeliest ones enter (always those that `protect` names), so train
-    the model on after this pass, with `router_loss` beside its objective; afterwards a token enters where its
-    probability reaches a threshold, which a decoder can tell without knowing later tokens: generation with a cache of
-    keys and values gives what one pass over all tokens gives. What does not enter is not computed, and leaves no key
-    or value in that block. No weight and no name of the model changes; the router comes beside the trunk.
+    the model on after this pass, with `router_loss` beside its objective; afterwards a token enters where it is
+    protected or its probability reaches a threshold, which a decoder can tell without knowing later tokens: generation
+    with a cache of keys and values gives what one pass over all tokens gives. What does not enter is not computed, and
+    leaves no key or value in that block. No weight and no name of the model changes; the router comes beside the trunk.
 
     Args:
         layers: which blocks: "rank" (of the lowest attention rank, measured on `data`), "every_other" (1, 3, 5, ...),
