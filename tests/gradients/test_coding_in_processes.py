@@ -161,7 +161,7 @@ def crew(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_ray_actors_train_several_models_at_once_with_sleeps_and_kills(crew):
-    """Uncoded first, to measure; then each scheme on the same actors; one of them is killed in the middle."""
+    """Uncoded first, to measure; then each scheme on the same actors; one is killed between runs, one in each."""
     for scheme in (
         UncodedScheme(4),
         GradientCodingScheme(4, 1),
@@ -191,3 +191,7 @@ def test_ray_actors_train_several_models_at_once_with_sleeps_and_kills(crew):
         if isinstance(scheme, UncodedScheme):
             chosen = select_parameters(report.times, 0.01, ["multiplexed_coding"], max_delay=3, jobs=STEPS - 3)
             assert chosen["multiplexed_coding"].seconds < report.seconds
+            before = crew.processes()
+            os.kill(before[1], signal.SIGKILL)
+        elif isinstance(scheme, GradientCodingScheme):
+            assert crew.processes()[1] != before[1]

@@ -81,7 +81,8 @@ class Momentum(Stateless):
 
 def start(folder: Path, *words: str, slow: float = 0.0) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "error", "-c", SCRIPT, str(folder), str(slow), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # As many threads as here: sums in another order are other numbers.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
