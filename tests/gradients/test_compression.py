@@ -51,16 +51,17 @@ def mean_of(world, step=0, dtype=torch.float32):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("n", [1, 7, 63, 4096])
 def test_packed_codes_come_back_and_take_their_bits(bits, n):
-    codes = torch.randint(0, 2**bits, (8, n), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
-    packed = pack(codes, bits)
+    codes = torch.randint(0, 2**bits, (8, n), generator=torch.Generator().manual_seed(n), dtype=torch.int16)
+    packed = pack(codes.clone(), bits)
     assert packed.shape == (bits, n)
     assert torch.equal(unpack(packed, bits), codes)
 
 
 def test_packed_bits_lie_one_after_another():
-    codes = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8).view(8, 1)
-    number = sum(int(c) << (3 * i) for i, c in enumerate(codes))
-    assert int.from_bytes(bytes(pack(codes, 3).flatten().tolist()), "little") == number
+    codes = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.int16).view(8, 1)
+    for bits in (3, 4, 5, 6, 7, 8):
+        number = sum(int(c) << (bits * i) for i, c in enumerate(codes))
+        assert int.from_bytes(bytes(pack(codes.clone(), bits).flatten().tolist()), "little") == number
 
 
 @pytest.mark.parametrize("scale", ["max", "l2"])
@@ -97,9 +98,11 @@ def test_rounding_is_unbiased_with_the_variance_of_its_closed_form():
     torch.testing.assert_close((rows - x).square().sum(1).mean()[None], expected, rtol=0.02, atol=0)
 
 
-def test_rounding_errors_of_different_numbers_do_not_go_together(monkeypatch):
-    # Two chunks share the numbers they were drawn from, but for an offset.
-    monkeypatch.setattr(qsgd, "CHUNK", 1 << 15)
+@pytest.mark.parametrize("chunk", [15, 16])
+def test_rounding_errors_of_different_numbers_do_not_go_together(monkeypatch, chunk):
+    # Two halves share the numbers they were drawn from, but for some bits: two chunks, or two parts of one.
+    monkeypatch.setattr(qsgd, "CHUNK", 1 << chunk)
+    monkeypatch.setattr(qsgd, "DRAWN", 1 << 15)
     x = draw(64)
     sums = []
     for seed in range(120):
@@ -114,6 +117,32 @@ def test_the_paper_s_bound_holds_with_the_norm_as_scale():
     for bits in (2, 3, 4, 6):
         bound = min(512 / levels(bits) ** 2, math.sqrt(512) / levels(bits)) * x.square().sum()
         assert QSGD(bits, scale="l2").errors(x, [bits])[0] ** 2 <= bound
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_mean_is_right_to_a_small_part_of_a_level(bits):
+    # Next to the largest number, where what is added to a float is rounded the most.
+    s, n = levels(bits), 1 << 21
+    x = torch.full((n,), (s - 0.25) / s)
+    x[::512] = 1.0
+    made = quantize(x, bits, generator=torch.Generator().manual_seed(1))
+    codes = (add_dequantized(torch.zeros(n), *made, bits) * s).round()
+    assert codes.max() == s
+    up = codes.view(-1, 512)[:, 1:].eq(s).double().mean()
+    assert abs(up - 0.75) < 4 * math.sqrt(0.75 * 0.25 / n)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_are_rounded_as_their_float32_is(dtype):
+    x = draw(CHUNK + 77).to(dtype)
+    one, other = (quantize(y, 4, generator=torch.Generator().manual_seed(2)) for y in (x, x.float()))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_numbers_too_small_to_divide_by_are_as_good_as_zeros():
+    for x in (torch.full((64,), 1e-40), torch.tensor([1e-38, -2e-38, 0.0])):
+        back = add_dequantized(torch.zeros(len(x)), *quantize(x, 4, 16), 4, 16)
+        assert ((back * x.sign() >= 0) & (back.abs() <= 1e-35)).all()
 
 
 def test_zeros_and_equal_seeds_give_what_they_must():

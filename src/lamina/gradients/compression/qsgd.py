@@ -18,8 +18,14 @@ Scale = Literal["max", "l2"]
 CHUNK = 1 << 18
 """Elements worked on at a time on a CPU, so that they stay in its cache; part of the format of what is sent."""
 
+DRAWN = 1 << 16
+"""Numbers that rounding is drawn for; later ones are derived from these."""
+
 INSIDE = 1 - 2.0**-20
 """Keeps what rounds up from the largest number of a bucket below the next level, whatever the last bit is."""
+
+SMALLEST = 1e-35
+"""Scale at least, so that it can be divided by."""
 
 
 @register("reducer", "qsgd", source="Alistarh et al., QSGD (NeurIPS 2017), arXiv 1610.02132, section 3.1")
@@ -38,9 +44,10 @@ class QSGD(Compressor):
         nonfinite: `raise`, or `pass_on` under fp16; see `Compressor`.
     Raises:
         LaminaError: an option out of its range; from `reduce`, a worker that is faulty or gone.
-    Deviation: the numbers that round have 16 bits, so a mean is off by at most 2^-17 of a level. They are drawn for one
-        chunk; each later chunk of a tensor adds a random offset (modulo 1) of its own to them, after which any two are
-        independent still, so errors add up as those of independent numbers do.
+    Deviation: the numbers that round have 25 - bits bits, so a mean is off by at most 2^-16 of a level (and 2^-20 of
+        the number itself). They are drawn for 2^16 numbers; those of later ones differ from these by an exclusive or
+        with random bits, new for each 2^16, after which any two are independent still, so errors add up as those of
+        independent numbers do. A bucket's scale is at least 1e-35.
     Example:
         >>> QSGD(bits=4).size((128, 64), 4)
         4160
@@ -127,29 +134,49 @@ def quantize(
 
     A number x stands for floor(x / scale * s + u) with s levels and u uniform on 0..1; see `add_dequantized`.
     """
-    s, n, device = levels(bits), flat.numel(), flat.device
-    span = _span(bucket, n, device)
-    width = min(span, -(-n // (8 * bucket)) * 8 * bucket)
-    value = torch.empty(width, device=device)
-    scales = torch.cat([_scales(_rows(part.float(), bucket), scale, value) for part in flat.split(span)])
-    factors = _inverse(scales / s)[:, None] * (INSIDE * 2.0**16)
-    drawn = torch.empty(-(-width // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    dither = drawn.view(torch.int16)[:width]
-    offsets = torch.randint(-(2**15), 2**15, (-(-n // span),), generator=generator, device=device).to(torch.int16)
-    whole, small = torch.empty_like(dither), torch.zeros_like(dither, dtype=torch.uint8)
-    # Codes are floor(v + s + u), u = (dither + 1/2) / 2^16 + 1/2.
-    shift = torch.tensor(s + 0.5 + 2.0**-17, device=device)
+    n, device = flat.numel(), flat.device
+    scales = torch.empty(-(-n // bucket), device=device)
     codes = torch.empty(bits * -(-n // 8), dtype=torch.uint8, device=device)
-    for i, (first, last) in enumerate(_chunks(n, span)):
-        rows, eighth = _rows(flat[first:last].float(), bucket), -(-(last - first) // 8)
-        t, shifted = value[: rows.numel()], whole[: rows.numel()]
-        t.copy_(torch.add(dither[: rows.numel()], offsets[i], out=shifted))
-        t.view(-1, bucket).addcmul_(rows, factors[first // bucket :][: len(rows)])
-        # By way of int16, which vector units have.
-        small[: rows.numel()] = shifted.copy_(torch.add(shift, t, alpha=2.0**-16, out=t))
-        packed = pack(small[: 8 * eighth].view(8, eighth), bits)
-        codes[bits * first // 8 :][: packed.numel()] = packed.view(-1)
+    span = _span(bucket, n, device)
+    # Floats of s .. s + 1 differ in their last bits only.
+    dither = torch.full((min(DRAWN, span, bucket * len(scales)),), levels(bits), dtype=torch.float32, device=device)
+    dither.view(torch.int32).bitwise_or_(_drawn(len(dither), 25 - bits, generator, device))
+    full = n // span * span
+    if full:
+        chunks = flat[:full].view(-1, span // bucket, bucket)
+        made = scales[: full // bucket].view(len(chunks), -1), codes[: bits * full // 8].view(len(chunks), bits, -1)
+        _quantize_chunks(chunks, *made, dither, scale, generator)
+    if full < n:
+        rest = _rows(flat[full:], bucket)[None]
+        made = scales[None, full // bucket :], codes[bits * full // 8 :].view(1, bits, -1)
+        _quantize_chunks(rest, *made, dither, scale, generator)
     return scales, codes
+
+
+def _quantize_chunks(
+    chunks: Tensor, scales: Tensor, codes: Tensor, dither: Tensor, scale: Scale, generator: torch.Generator | None
+) -> None:
+    """Fill scales (chunks, rows) and codes (chunks, bits, bytes) with those of numbers (chunks, rows, bucket).
+
+    A call of torch takes as long as thousands of numbers, so whatever can be is done once for all chunks.
+    """
+    bits, shape, device = codes.shape[1], chunks.shape[1:], chunks.device
+    repeated = dither.repeat(-(-shape.numel() // len(dither)), 1)
+    u, words = repeated.view(-1)[: shape.numel()].view(shape), repeated.view(torch.int32)
+    # Exclusive or of the last bits makes other numbers of them.
+    others = _drawn(len(chunks) * len(words), 25 - bits, generator, device).view(len(chunks), -1, 1)
+    value, inverse = torch.empty(shape, device=device), torch.empty((shape[0], 1), device=device)
+    whole = torch.zeros(max(8 * codes.shape[2], shape.numel()), dtype=torch.int16, device=device)
+    floor, eight = whole[: shape.numel()].view(shape), whole[: 8 * codes.shape[2]].view(8, -1)
+    for rows, scale_of, packed, other in zip(chunks, scales, codes, others, strict=True):
+        rows = rows.float()
+        _scales(rows, scale, value, scale_of).clamp_(min=SMALLEST)
+        torch.reciprocal(scale_of, out=inverse.view(-1))
+        words.bitwise_xor_(other)
+        torch.addcmul(u, rows, inverse, value=levels(bits) * INSIDE, out=value)
+        # Above zero this rounds down; by way of int16, which vector units have.
+        floor.copy_(value)
+        pack(eight, bits, packed)
 
 
 def add_dequantized(total: Tensor, scales: Tensor, codes: Tensor, bits: int, bucket: int = 512) -> Tensor:
@@ -158,7 +185,7 @@ def add_dequantized(total: Tensor, scales: Tensor, codes: Tensor, bits: int, buc
     for first, last in _chunks(n, _span(bucket, n, total.device)):
         eighth = -(-(last - first) // 8)
         packed = codes[bits * first // 8 :][: bits * eighth].view(bits, eighth)
-        value = unpack(packed, bits).view(-1)[: last - first].to(torch.float32).sub_(s)
+        value = unpack(packed, bits).sub_(s).view(-1)[: last - first].to(torch.float32)
         steps = (scales[first // bucket : -(-last // bucket)] / s)[:, None]
         whole = (last - first) // bucket
         split = whole * bucket
@@ -168,36 +195,46 @@ def add_dequantized(total: Tensor, scales: Tensor, codes: Tensor, bits: int, buc
     return total
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Put codes below 2^bits side by side: 8 rows of bytes -> `bits` rows. Row i's bits begin at bit i * bits."""
-    if 8 % bits == 0:
-        together = codes.view(bits, 8 // bits, -1)
-        packed = together[:, 0]
-        for i in range(1, 8 // bits):
-            packed = packed | (together[:, i] << (bits * i))
-        return packed
-    packed = torch.zeros((bits, codes.shape[1]), dtype=torch.uint8, device=codes.device)
-    for i, row, shift in _places(bits):
-        packed[row] |= codes[i] << shift if shift >= 0 else codes[i] >> -shift
-    return packed
+def pack(codes: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """Put codes below 2^bits side by side: 8 rows of int16 -> `bits` rows of bytes. Row i's bits begin at i * bits.
+
+    The codes are written over.
+    """
+    width = bits
+    while width < bits * _codes_a_word(bits):
+        codes, width = codes[::2].add_(codes[1::2], alpha=2**width), 2 * width
+    out = torch.empty((bits, codes.shape[1]), dtype=torch.uint8, device=codes.device) if out is None else out
+    if width == 8:
+        return out.copy_(codes)
+    words = codes.unbind()
+    for i, byte in enumerate(out.unbind()):
+        # What overflows a byte is lost with the copy; a word has more bits than a byte, so two at most meet there.
+        at, shift = divmod(8 * i, width)
+        word = words[at] >> shift if shift else words[at]
+        byte.copy_(word.add_(words[at + 1], alpha=2 ** (width - shift)) if width - shift < 8 else word)
+    return out
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Undo `pack`: `bits` rows -> 8 rows."""
-    if 8 % bits == 0:
-        return torch.stack([(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)], 1).view(8, -1)
-    codes = torch.zeros((8, packed.shape[1]), dtype=torch.uint8, device=packed.device)
-    for i, row, shift in _places(bits):
-        codes[i] |= packed[row] >> shift if shift >= 0 else packed[row] << -shift
-    return codes.bitwise_and_(2**bits - 1)
+    """Undo `pack`: `bits` rows of bytes -> 8 rows of int16."""
+    together = _codes_a_word(bits)
+    width, words = bits * together, packed.to(torch.int16)
+    if width != 8:
+        rows, words = words.unbind(), words.new_empty((8 // together, packed.shape[1]))
+        for i, word in enumerate(words.unbind()):
+            byte, shift = divmod(i * width, 8)
+            torch.bitwise_right_shift(rows[byte], shift, out=word)
+            for more in range(1, -(-(shift + width) // 8)):
+                word.add_(rows[byte + more], alpha=2 ** (8 * more - shift))
+    codes = words.new_empty((len(words), together, packed.shape[1]))
+    for i, some in enumerate(codes.unbind(1)):
+        torch.bitwise_right_shift(words, i * bits, out=some)
+    return codes.bitwise_and_(2**bits - 1).view(8, -1)
 
 
-def _places(bits: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (code row, byte row, left shift of the code in that byte); a code may lie across two bytes."""
-    for i in range(8):
-        first = i * bits
-        for row in range(first // 8, (first + bits - 1) // 8 + 1):
-            yield i, row, first - 8 * row
+def _codes_a_word(bits: int) -> int:
+    """Return how many codes (1, 2, 4) make up a byte; where they do not, those that an int16 has room for."""
+    return 8 // bits if 8 % bits == 0 else 4 if bits == 3 else 2
 
 
 def _span(bucket: int, n: int, device: torch.device) -> int:
@@ -217,12 +254,17 @@ def _rows(flat: Tensor, width: int) -> Tensor:
     return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, width)
 
 
-def _scales(rows: Tensor, scale: Scale, room: Tensor | None = None) -> Tensor:
+def _scales(rows: Tensor, scale: Scale, room: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return what each row is measured by: (rows, width) -> (rows,); `room` is memory that may be written over."""
     if scale == "l2":
-        return torch.linalg.vector_norm(rows, 2, dim=1)
-    magnitude = torch.abs(rows) if room is None else torch.abs(rows, out=room[: rows.numel()].view_as(rows))
-    return magnitude.amax(1)
+        return torch.linalg.vector_norm(rows, 2, dim=1, out=out)
+    return torch.amax(torch.abs(rows, out=room), 1, out=out)
+
+
+def _drawn(count: int, bits: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw int32 numbers of 0 .. 2^bits - 1."""
+    pairs = torch.empty(-(-count // 2), dtype=torch.int64, device=device)
+    return pairs.random_(-(2**63), None, generator=generator).view(torch.int32)[:count].bitwise_and_(2**bits - 1)
 
 
 def _inverse(step: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,23 +127,22 @@ def largest(flat: Tensor, count: int) -> Tensor:
     candidates = _above(flat, threshold)
     if len(candidates) < count:
         return _full(flat, count)
-    return candidates[flat[candidates].abs().topk(count, sorted=False).indices]
+    # By index_select, which is quicker than indexing by several times.
+    chosen = flat.index_select(0, candidates).abs_().topk(count, sorted=False).indices
+    return candidates.index_select(0, chosen)
 
 
 def _above(flat: Tensor, threshold: Tensor) -> Tensor:
-    """Return the places whose magnitude is at least the threshold.
-
-    On a CPU the maximum of every sixteenth number tells which of them to look at one by one.
-    """
-    span = flat.numel() if flat.device.type != "cpu" else CHUNK
-    found = []
-    for i, part in enumerate(flat.split(span)):
-        magnitude = part.abs()
-        groups = magnitude.view(16 if len(part) % 16 == 0 else 1, -1)
-        columns = (groups.amax(0) >= threshold).nonzero().view(-1)
-        row, column = (groups[:, columns] >= threshold).nonzero().unbind(1)
-        found.append(row * groups.shape[1] + columns[column] + i * span)
-    return torch.cat(found)
+    """Return the places whose magnitude is at least the threshold."""
+    if flat.device.type != "cpu":
+        return (flat.abs() >= threshold).nonzero().view(-1)
+    # numpy compares and lists several times as fast as torch does on a CPU.
+    least, found = threshold.item(), []
+    room = torch.empty(CHUNK, dtype=torch.promote_types(flat.dtype, torch.float32))
+    for i, part in enumerate(flat.split(CHUNK)):
+        magnitude = torch.abs(part, out=room[: len(part)])
+        found.append(np.flatnonzero(magnitude.numpy() >= least) + i * CHUNK)
+    return torch.from_numpy(np.concatenate(found))
 
 
 def _full(flat: Tensor, count: int) -> Tensor:
