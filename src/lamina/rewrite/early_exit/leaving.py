@@ -176,7 +176,8 @@ class Leaving:
                 assert self.left_at is not None
                 self.left_at[gone if there is None else there[gone]] = self.ran
                 self.staying = rest if there is None else there[rest]
-                self.rule.keep(rest)
+                if len(rest):
+                    self.rule.keep(rest)
         return result if there is None else _put_back(x, result, there)
 
     def _gathered(self, plain: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -196,7 +197,7 @@ class Leaving:
 
     def _rows(self, value: Any, key: str, there: Tensor, count: int) -> Any:
         if isinstance(value, Tensor):
-            return value[there] if value.shape[:1] == (count,) and key not in self.fixed else value
+            return value.index_select(0, there) if value.shape[:1] == (count,) and key not in self.fixed else value
         if isinstance(value, tuple) and type(value) is tuple:
             return tuple(self._rows(v, f"{key}.{i}", there, count) for i, v in enumerate(value))
         if type(value) is dict:

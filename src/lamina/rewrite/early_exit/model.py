@@ -23,7 +23,7 @@ from lamina.rewrite.early_exit.leaving import (
     Rule,
     Run,
 )
-from lamina.rewrite.early_exit.tail import Tail, representation, token_mask
+from lamina.rewrite.early_exit.tail import Tail, reader, token_mask
 from lamina.rewrite.rewriting import Record, history
 
 Criterion = Literal["q", "sample", "expectation", "patience"]
@@ -158,7 +158,8 @@ class EarlyExitModel(nn.Module):
         run = EveryLayer()
         result = self._run(run, args, kwargs)
         self._check(len(run.streams))
-        h = torch.stack([self._read(x, mask) for x in run.streams], dim=1)
+        read = reader(self.model, self.tail)
+        h = torch.stack([read(x, mask) for x in run.streams], dim=1)
         found: dict[str, Tensor] = {"exit_logits": self._scores(self.dropout(h))}
         if self.lambda_head is not None:
             found["lambda_logits"] = self.lambda_head(h)
@@ -176,14 +177,14 @@ class EarlyExitModel(nn.Module):
 
     def _leaving(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> Any:
         compact = self.compact and not (torch.compiler.is_compiling() and _in_a_graph())
-        run = Leaving(self._rule(), self._read, mask, self.depth, self.tail.fixed, compact=compact)
+        read = reader(self.model, self.tail)
+        run = Leaving(self._rule(), read, mask, self.depth, self.tail.fixed, compact=compact)
         result = self._run(run, args, kwargs)
         self._check(run.ran)
         assert run.left_at is not None
         found = {"exit_layer": run.left_at}
         if self.tail.head is None or self.heads is not None:
-            h = self._read(run.stream, mask)
-            found = {"logits": self._answers(h, run.left_at), **found}
+            found = {"logits": self._answers(read(run.stream, mask), run.left_at), **found}
         return _with(result, found)
 
     def _run(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,9 +206,6 @@ class EarlyExitModel(nn.Module):
             return ByPatience(self._answer, self.patience, self.exiting.tolerance)
         assert self.lambda_head is not None
         return ByProbability(self.lambda_head, self.q if self.criterion == "q" else None)
-
-    def _read(self, stream: Tensor, mask: Tensor | None) -> Tensor:
-        return representation(self.model, self.tail, stream, mask)
 
     def _head(self, layer: int) -> nn.Module:
         if self.heads is not None and layer < self.depth:

@@ -74,21 +74,33 @@ def pooled(x: Tensor, pool: Pool, mask: Tensor | None) -> Tensor:
     return pool_tokens(x, mask, pool).to(x.dtype)
 
 
-def apply_steps(model: nn.Module, steps: Iterable[str], x: Tensor) -> Tensor:
-    """Run modules by path and activations by name."""
+def reader(model: nn.Module, tail: Tail) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Return what makes of a stream (B, T, C) and its token mask what the classifier reads, (B, C).
+
+    Paths are looked up here, once, and not after every layer.
+    """
+    before, after = _steps(model, tail.before), _steps(model, tail.after)
+    # One token goes through the final norm instead of all, where the norm looks at each token alone.
+    alone = bool(before) and tail.pool == "cls" and not any(getattr(step, "takes_mask", False) for step in before)
+
+    def read(stream: Tensor, mask: Tensor | None) -> Tensor:
+        if alone:
+            stream, mask = stream[:, :1], None
+        h = pooled(_through(before, stream), tail.pool, mask)
+        return _through(after, h)
+
+    return read
+
+
+def _steps(model: nn.Module, names: Iterable[str]) -> list[Callable[[Tensor], Tensor]]:
+    """Find modules by path and activations by name."""
+    return [ACTIVATIONS[name] if name in ACTIVATIONS else get(model, name) for name in names]
+
+
+def _through(steps: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
     for step in steps:
-        x = ACTIVATIONS[step](x) if step in ACTIVATIONS else get(model, step)(x)
+        x = step(x)
     return x
-
-
-def representation(model: nn.Module, tail: Tail, stream: Tensor, mask: Tensor | None) -> Tensor:
-    """Return what the classifier reads: (B, T, C) -> (B, C)."""
-    norms = [get(model, s) for s in tail.before if s not in ACTIVATIONS]
-    if tail.pool == "cls" and not any(getattr(norm, "takes_mask", False) for norm in norms):
-        # One token goes through the final norm instead of all, where the norm looks at each token alone.
-        stream, mask = stream[:, :1], None
-    h = pooled(apply_steps(model, tail.before, stream), tail.pool, mask)
-    return apply_steps(model, tail.after, h)
 
 
 def token_mask(model: nn.Module, inputs: Mapping[str, Any], pool: Pool | None) -> Tensor | None:
@@ -331,7 +343,7 @@ def _explains(
 ) -> int:
     """Run the tail by itself: the width of what the classifier reads, or 0 where it does not lead to the target."""
     with torch.no_grad(), undisturbed(model):
-        h = representation(model, tail, stream, mask)
+        h = reader(model, tail)(stream, mask)
         found = h if tail.head is None else get(model, tail.head)(h)
     right = h.dim() == 2 and (_same(found, target) or (not is_answer and target.dim() == 3))
     return h.shape[-1] if right else 0
