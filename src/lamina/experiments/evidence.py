@@ -163,10 +163,17 @@ def code_hashes(experiment: Experiment) -> dict[str, str]:
         path = None if module in found else _source(module)
         if path is None or path.name == "__init__.py":
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found[module] = hashlib.sha256(repr(_shape(_without_docstrings(tree))).encode()).hexdigest()[:16]
-        todo += [n for n in _imports(tree) if (n in MACHINERY if module in MACHINERY else n != HARNESS)]
+        found[module], imported = _digested(path.read_text(encoding="utf-8"))
+        todo += [n for n in imported if (n in MACHINERY if module in MACHINERY else n != HARNESS)]
     return dict(sorted(found.items()))
+
+
+@cache
+def _digested(source: str) -> tuple[str, list[str]]:
+    """Return a module's hash and what it imports; kept, since experiments have most of their modules in common."""
+    tree = ast.parse(source)
+    code = repr(_shape(_without_docstrings(tree)))
+    return hashlib.sha256(code.encode()).hexdigest()[:16], _imports(tree)
 
 
 def environment() -> dict[str, Any]:

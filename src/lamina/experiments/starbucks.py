@@ -129,8 +129,8 @@ def first_four(found: dict[str, float]) -> float:
 def measured(seed: int, device: torch.device) -> Arms:
     """Train every arm on the same batches and measure it at the sizes it is for; two arms for the first seed alone."""
     model, tokenizer = minilm(device)
-    train = tokenized(sts_b("train"), tokenizer, 200 if smoke() else TRAIN)
-    dev = tokenized(sts_b("dev"), tokenizer, 200 if smoke() else None)
+    train = tokenized(sts_b("train"), tokenizer, 200 if smoke() else TRAIN, seed)
+    dev = tokenized(sts_b("dev"), tokenizer, 200 if smoke() else None, seed)
     objectives: dict[str, Callable[[], Objective]] = {
         "2dmse": lambda: Matryoshka(CoSENT(), PAIRS, select="random", kl="coordinates", seed=seed),
         "srl": lambda: Matryoshka(CoSENT(), PAIRS),
@@ -150,10 +150,14 @@ def measured(seed: int, device: torch.device) -> Arms:
     return arms
 
 
-def tokenized(pairs: SentencePairs, tokenizer: Any, limit: int | None) -> dict[str, Tensor]:
-    """Return the first pairs as tokens (rows, 2, 48) with their masks and scores."""
-    first = SentencePairs(pairs.first[:limit], pairs.second[:limit], pairs.scores[:limit])
-    return encoded_pairs(first, CONTEXT, tokenizer)
+def tokenized(pairs: SentencePairs, tokenizer: Any, limit: int | None, seed: int) -> dict[str, Tensor]:
+    """Return pairs as tokens (rows, 2, 48) with their masks and scores: all, or as many drawn from the whole file.
+
+    Drawn, since the file is in the order of its genres.
+    """
+    rows = torch.randperm(len(pairs.scores), generator=torch.Generator().manual_seed(seed))[:limit]
+    first, second = ([texts[i] for i in rows.tolist()] for texts in (pairs.first, pairs.second))
+    return encoded_pairs(SentencePairs(first, second, pairs.scores[rows]), CONTEXT, tokenizer)
 
 
 def picked(columns: dict[str, Tensor], rows: Tensor, device: torch.device) -> dict[str, Tensor]:
