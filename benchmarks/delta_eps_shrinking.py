@@ -1,8 +1,8 @@
 """Cutting a part out of a once-for-all network, and what a sandwich step costs beside a plain one.
 
 The part is the smallest of a ResNet-50 (25.6 M parameters, 16 blocks) and of a ViT-B-sized transformer (86 M), cut out
-without calibration; the goal is in seconds, and the copy of the whole that it begins with stands beside. A step is of
-the toy space that the experiment trains: four networks (the whole, the smallest, two random parts) against the whole.
+without calibration; the goal is in seconds, and a copy of the whole stands beside. A step is of the toy space that the
+experiment trains: four networks (the whole, the smallest, two random parts) against the whole.
 
 Run: OMP_NUM_THREADS=1 python -m benchmarks delta_eps_shrinking
 """

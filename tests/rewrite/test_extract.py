@@ -12,6 +12,7 @@ import torch
 from tests.contract.example import Example
 from tests.contract.foreign import ALL, llama
 from tests.onnx_export import export
+from tests.rewrite.test_elastic import images, mobile
 from torch import Tensor, nn
 
 from lamina import io
@@ -62,6 +63,10 @@ def quietly(model: nn.Module, part: object) -> nn.Module:
         return cut_out(model, part)  # type: ignore[arg-type]
 
 
+def storages(model: nn.Module) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
+
+
 @pytest.mark.parametrize(
     ("where", "mode"), [*((w, "slice") for w in ALL), ("convolutional", "mask"), ("llama", "mask")]
 )
@@ -79,7 +84,35 @@ def test_a_part_cut_out_computes_what_the_elastic_model_does_set_to_it(where: st
             torch.testing.assert_close(out(cut, rows), expected, rtol=1e-4, atol=1e-5)
         assert not is_elastic(cut)
         assert {type(m) for m in cut.modules()} <= {type(m) for m in ALL[where]()[0].modules()}
+        assert not storages(model) & storages(cut)
     assert is_elastic(model), "the supernet stays"
+
+
+def test_a_weight_that_a_block_which_goes_shares_with_one_that_stays_is_copied() -> None:
+    model, rows = ALL["home_made"]()
+    model.stack[-1].net[0].weight = model.stack[0].net[0].weight
+    model = rewrite(model.eval(), Elastic((1,), (0.5,), multiple=4))
+    view = supernet(model)
+    with view.running_as(view.smallest()):
+        expected = out(model, rows)
+    cut = quietly(model, view.smallest())
+    assert len(cut.stack) == 1
+    assert torch.equal(out(cut, rows), expected)
+    assert not storages(model) & storages(cut)
+
+
+def test_a_layer_at_two_places_is_cut_at_both() -> None:
+    torch.manual_seed(0)
+    model = mobile()
+    model.stages[0][2].depthwise[0] = model.stages[0][1].depthwise[0]
+    model = rewrite(model, Elastic((3,), (4,), (3, 5)))
+    view = supernet(model)
+    with view.running_as(view.smallest()):
+        expected = out(model, {"pixel_values": images()})
+    cut = quietly(model, view.smallest())
+    assert cut.stages[0][2].depthwise[0] is cut.stages[0][1].depthwise[0]
+    assert type(cut.stages[0][2].depthwise[0]) is nn.Conv2d
+    assert torch.equal(out(cut, {"pixel_values": images()}), expected)
 
 
 def test_in_half_precision_too() -> None:
@@ -101,8 +134,7 @@ def test_a_cut_layer_says_its_own_sizes_and_holds_no_more_than_it_needs() -> Non
     assert type(conv) is nn.Conv2d
     assert conv.weight.untyped_storage().nbytes() == 8 * 8 * 9 * 4
     assert len(cut.stages[0]) == 1
-    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    assert not held & {t.untyped_storage().data_ptr() for t in (*cut.parameters(), *cut.buffers())}
+    assert not storages(model) & storages(cut)
     assert repr(conv).startswith("Conv2d(8, 8, kernel_size=(3, 3), stride=(2, 2)")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
@@ -28,9 +29,11 @@ from lamina.nn.elastic.kernels import cropped
 from lamina.nn.elastic.layers import BATCH_NORMS, CONVOLUTIONS, ElasticDepthwiseConv
 from lamina.registry import register
 from lamina.rewrite.calibrate import Calibrate, Statistics
-from lamina.rewrite.rewriting import rewrite
+from lamina.rewrite.rewriting import history, rewrite
 
 Part = Literal["smallest", "full"] | dict[str, list[float]]
+CUT = frozenset({"weight", "bias", "running_mean", "running_var"})
+"""What of a layer that is cut is made anew."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Extract:
                 stacklevel=2,
             )
             return decision
-        part = self.apply(_copy_of_tree(net.model), decision, Lineage())
+        part = self.apply(_copy_of_tree(net.model, _tensors(net.model)), decision, Lineage())
         rows = list(_rows(data, self.images))
         found = Calibrate(max(1, len(rows))).decide(part, rows)
         images = sum(_length(b) for b in rows)
@@ -123,11 +126,12 @@ class Extract:
 
     def apply(self, model: nn.Module, decision: ExtractDecision, lineage: Lineage) -> nn.Module:
         """Put plain layers in place, take blocks out, write the statistics."""
+        places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
         for path, kept in decision.layers.items():
-            anatomy.swap(model, path, sliced(get(model, path), kept, lineage), all=True)
+            _swap(model, path, sliced(get(model, path), kept, lineage), places)
         blocks = [path for path, m in model.named_modules() if isinstance(m, ElasticBlock)]
         for path in blocks:
-            anatomy.swap(model, path, restored(get(model, path)), all=True)
+            _swap(model, path, restored(get(model, path)), places)
         _remove(model, decision.removed)
         for path, statistics in decision.statistics.items():
             norm: Any = get(model, path)
@@ -160,14 +164,38 @@ def cut_out(
     """
     net = supernet(model)
     config: Any = net.checked(subnet)
-    part = rewrite(_copy_of_tree(net.model).eval(), Extract(config, images=images), data=data)
-    # Only now the weights, for most of the whole's are not among them.
-    return copy.deepcopy(part)
+    part = _copy_of_tree(net.model, _replaced(net, config)).eval()
+    return rewrite(part, Extract(config, images=images), data=data)
 
 
-def _copy_of_tree(model: nn.Module) -> nn.Module:
-    """Copy modules and config, not the weights: cutting makes new ones and changes none."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+def _copy_of_tree(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
+    """Copy modules, config and weights, but for the tensors that shall be shared, and what the model remembers."""
+    return copy.deepcopy(model, {id(x): x for x in (*shared, *history(model))})
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _replaced(net: Supernet, subnet: Subnet) -> list[Tensor]:
+    """List the tensors that a part holds nothing of, or a cut with numbers of its own: no need to copy them first."""
+    cut = {path for path, kept in _kept(net, subnet).items() if kept != Kept()}
+    gone = tuple(f"{path}." for path in _removed(net, subnet))
+    stays = set()
+    for path, module in net.model.named_modules(remove_duplicate=False):
+        if not f"{path}.".startswith(gone):
+            own = {**module._parameters, **module._buffers}
+            stays |= {id(t) for name, t in own.items() if not (path in cut and name in CUT)}
+    return [t for t in _tensors(net.model) if id(t) not in stays]
+
+
+def _swap(model: nn.Module, path: str, new: nn.Module, places: Mapping[int, int]) -> None:
+    """Put a module in its place; the whole tree is searched for others of its places only where it has any."""
+    parent, _, name = path.rpartition(".")
+    if places[id(get(model, path))] > 1:
+        anatomy.swap(model, path, new, all=True)
+    else:
+        anatomy.swap(get(model, parent), name, new)
 
 
 def sliced(layer: nn.Module, kept: Kept, lineage: Lineage) -> nn.Module:
@@ -268,7 +296,8 @@ def _index(numbers: tuple[int, ...] | None, layer: nn.Module) -> Tensor | None:
 
 def _parameter(value: Tensor, old: Parameter, rows: tuple[int, ...] | None, lineage: Lineage) -> Parameter:
     """Make a parameter of its own; its optimizer state follows by rows where nothing else is cut."""
-    new = Parameter(value.clone(memory_format=torch.contiguous_format), requires_grad=old.requires_grad)
+    own = value.clone(memory_format=torch.contiguous_format) if value.data_ptr() == old.data_ptr() else value
+    new = Parameter(own.contiguous(), requires_grad=old.requires_grad)
     if new.shape[1:] == old.shape[1:] and (rows is not None or new.shape == old.shape):
         lineage.derive(new, old, None if rows is None else list(rows))
     return new
