@@ -17,6 +17,7 @@ from tests.gradients.test_coding_reducers import Home, objective, rows_of_job, s
 from tests.parallel.test_data_parallel import free_port
 from tests.processes import server
 
+from lamina.errors import LaminaError
 from lamina.gradients import GradientCoding, MultiplexedCoding, SelectiveRepetition
 from lamina.gradients.coding import (
     GradientCodingScheme,
@@ -27,6 +28,7 @@ from lamina.gradients.coding import (
     interleave,
     train_coded,
 )
+from lamina.gradients.coding.crew import Work, save_vector
 from lamina.gradients.stragglers import select_parameters
 from lamina.recipe import load
 from lamina.train.metrics import read
@@ -150,6 +152,10 @@ def delay(worker, round):
     return 0.8 if (3 * worker + 5 * round) % 13 == 0 else 0.03
 
 
+def long(worker, round):
+    return 20.0
+
+
 @pytest.fixture
 def crew(monkeypatch):
     pytest.importorskip("ray")
@@ -195,3 +201,28 @@ def test_ray_actors_train_several_models_at_once_with_sleeps_and_kills(crew):
             os.kill(before[1], signal.SIGKILL)
         elif isinstance(scheme, GradientCodingScheme):
             assert crew.processes()[1] != before[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_busy_worker_hears_that_a_round_is_over_and_a_halted_one_is_named(crew):
+    models, _ = several(2)
+    scheme = UncodedScheme(4)
+    crew.delay = long
+    work = Work(models, objective, rows_of_job, scheme)
+    crew.begin(work, timeout=60)
+    items, values = scheme.start(2).plan()[0], {m: (0, save_vector(model)) for m, model in enumerate(models)}
+    for round in range(3):
+        crew.order(0, round, items, values)
+    assert crew.reply(2.0) is None
+    begun = time.monotonic()
+    crew.end_round(2)
+    told = [crew.reply(10.0) for _ in range(3)]
+    assert time.monotonic() - begun < 10
+    assert {(t.round, t.problem) for t in told} == {(r, "dropped its messages: the round was over") for r in range(3)}
+    halted = crew.processes()[1]
+    os.kill(halted, signal.SIGSTOP)
+    try:
+        with pytest.raises(LaminaError, match=r"^worker 1 did not begin within 2 s"):
+            crew.begin(work, timeout=2)
+    finally:
+        os.kill(halted, signal.SIGCONT)

@@ -18,6 +18,9 @@ from lamina.gradients.coding.scheme import Item
 
 log = logging.getLogger(__name__)
 
+CONTROL = "control"
+"""Ray's name for the thread of an actor that hears when rounds and runs begin and end."""
+
 
 class RayCrew:
     """Workers as Ray actors; one that is killed is replaced by a fresh one.
@@ -54,22 +57,28 @@ class RayCrew:
         self._run = 0
         self._values: dict[int, tuple[int, Any]] = {}
 
-    def begin(self, work: Work) -> None:
-        """Hand out replicas of the models; the actors are started first where there are none, or where one ended."""
+    def begin(self, work: Work, timeout: float = 600.0) -> None:
+        """Hand out replicas of the models; the actors are started first where there are none, or where one ended.
+
+        Raises:
+            LaminaError: a worker did not begin within the timeout (in seconds); it is named.
+        """
+        end = time.monotonic() + timeout
         self._work = self.ray.put(work)
         self._run += 1
         self._waiting.clear()
         self._values.clear()
-        begun = {w: actor.begin.remote(self._run, self._work) for w, actor in self._actors.items()}
+        begun = {w: self._control(actor.begin).remote(self._run, self._work) for w, actor in self._actors.items()}
         for worker in range(self.workers):
             try:
                 if worker in begun:
-                    self.ray.get(begun[worker])
+                    self._heard(worker, begun[worker], end, timeout)
                     continue
             except self.ray.exceptions.RayActorError:
                 log.warning("worker %d ended between two runs and was replaced", worker)
             self._start(worker)
-        self.processes()
+        for worker, actor in self._actors.items():
+            self._heard(worker, self._control(actor.process).remote(), end, timeout)
 
     def order(self, worker: int, round: int, items: Sequence[Item], values: Mapping[int, tuple[int, Tensor]]) -> None:
         """Have a worker compute the messages of a round; parameters are put into Ray's store once a version."""
@@ -111,15 +120,29 @@ class RayCrew:
     def end_round(self, round: int) -> None:
         """Tell every worker that a round is over."""
         for actor in self._actors.values():
-            actor.end_round.remote(self._run, round)
+            self._control(actor.end_round).remote(self._run, round)
 
     def _start(self, worker: int) -> None:
-        remote = self.ray.remote(num_cpus=self.cpus, max_restarts=0, max_concurrency=3)(_Actor)
+        options = {"max_concurrency": 3, "concurrency_groups": {CONTROL: 1}}
+        remote = self.ray.remote(num_cpus=self.cpus, max_restarts=0, **options)(_Actor)
         self._actors[worker] = remote.remote(worker, self._run, self._work, self.delay)
+
+    def _control(self, method: Any) -> Any:
+        """Have a method called by the thread that no computation holds up."""
+        return method.options(concurrency_group=CONTROL)
+
+    def _heard(self, worker: int, future: Any, end: float, timeout: float) -> Any:
+        try:
+            return self.ray.get(future, timeout=max(0.0, end - time.monotonic()))
+        except self.ray.exceptions.GetTimeoutError as error:
+            raise LaminaError(
+                f"worker {worker} did not begin within {timeout:g} s (where Ray has no {self.cpus:g} processors left "
+                "for it, it never does)"
+            ) from error
 
     def processes(self) -> dict[int, int]:
         """Return the process id of every worker."""
-        return {w: self.ray.get(actor.process.remote()) for w, actor in self._actors.items()}
+        return {w: self.ray.get(self._control(actor.process).remote()) for w, actor in self._actors.items()}
 
     def stop(self) -> None:
         """End all workers, and Ray where this crew began it."""
@@ -142,9 +165,9 @@ class RayCrew:
 
 
 class _Actor:
-    """A worker in a process of its own: one order at a time, while another thread hears that a round is over.
+    """A worker in a process of its own: one order at a time, while a thread of its own hears that a round is over.
 
-    Those threads take calls in any order, and the last words of one run may come after the next run began: each
+    Its threads take calls in any order, and the last words of one run may come after the next run began: each
     carries the number of its run.
     """
 

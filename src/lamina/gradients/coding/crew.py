@@ -55,8 +55,8 @@ class Crew(Protocol):
 
     workers: int
 
-    def begin(self, work: Work) -> None:
-        """Hand out what the workers of a run need."""
+    def begin(self, work: Work, timeout: float = 600.0) -> None:
+        """Hand out what the workers of a run need, in so many seconds at most."""
 
     def order(self, worker: int, round: int, items: Sequence[Item], values: Mapping[int, tuple[int, Tensor]]) -> None:
         """Have a worker compute the messages of a round; `values` are parameters by model, with their version."""
@@ -163,7 +163,7 @@ class LocalCrew:
         self.orders: dict[int, queue.Queue[Any]] = {}
         self.threads: list[threading.Thread] = []
 
-    def begin(self, work: Work) -> None:
+    def begin(self, work: Work, timeout: float = 600.0) -> None:
         """Start the threads anew, with replicas of the models."""
         self.stop()
         self.replies = queue.Queue()

@@ -75,7 +75,7 @@ def train_coded(
         data: all rows of a job, or a function of the job's number (what a crew can hand to its workers).
         steps: jobs in all.
         wait: patience: a round ends at (1 + wait) times the fastest worker's time if the code bears the others.
-        timeout: seconds after which a round that cannot end fails.
+        timeout: seconds after which a round that cannot end fails, and workers that do not begin.
         decoded: is called with each job and its summed gradient (the count last), to look on.
     Raises:
         LaminaError: too few models or workers, a batch norm in training mode, fewer rows than chunks, a worker that
@@ -84,7 +84,7 @@ def train_coded(
     if crew.workers != scheme.n:
         raise LaminaError(f"the scheme is for {scheme.n} workers, the crew has {crew.workers}")
     check(models, optimizers, scheme.delay, steps)
-    crew.begin(Work(models, objective, data, scheme, seed))
+    crew.begin(Work(models, objective, data, scheme, seed), timeout)
     progress, ledger = scheme.start(steps), Ledger(scheme)
     values = {m: (0, save_vector(model)) for m, model in enumerate(models)}
     rounds, late, columns, waits, received = [], [], [], 0, 0
