@@ -1,4 +1,5 @@
 import copy
+import time
 import warnings
 
 import pytest
@@ -10,7 +11,8 @@ from tests.processes import in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lamina.gradients import Mean, Median, attach
+from lamina.errors import LaminaError
+from lamina.gradients import FlagAggregator, GradientCoding, Mean, Median, TopK, attach
 from lamina.gradients.reducer import flatten, unflatten
 from lamina.gradients.robust import median
 
@@ -101,3 +103,33 @@ def _work(rank, world):
 @pytest.mark.distributed
 def test_three_workers_get_the_mean_and_the_median_under_ddp_and_in_a_plain_loop(tmp_path):
     assert in_processes(_work, 3, tmp_path, 3) == [[], [], []]
+
+
+def _one_is_silent(rank):
+    """Worker 1 has no gradient; in 60 s the process group would give up."""
+    told = []
+    reducers = (Mean(), TopK(0.1), TopK(0.1, start_step=5), FlagAggregator(), GradientCoding(1))
+    begun = time.monotonic()
+    for reducer in reducers:
+        with pytest.raises(LaminaError) as error:
+            if isinstance(reducer, GradientCoding):
+                tasks = reducer.tasks(0, rank, 3)
+                reducer.reduce({} if rank == 1 else {"w": torch.ones(len(tasks), 4)}, None)
+            else:
+                model = nn.Linear(3, 2)
+                handle = attach(model, reducer)
+                if rank != 1:
+                    model(torch.ones(1, 3)).sum().backward()
+                handle.reduce()
+        told.append(str(error.value))
+    return told, time.monotonic() - begun
+
+
+@pytest.mark.distributed
+def test_a_worker_without_a_gradient_is_named_on_all_and_nobody_waits(tmp_path):
+    for told, seconds in in_processes(_one_is_silent, 3, tmp_path):
+        assert seconds < 20
+        for sentence in told[:3]:
+            assert sentence.startswith("worker 1 had no parameter with a gradient to combine (call backward() before")
+        assert told[3].startswith("worker 1 sent no gradient")
+        assert "no parameter has a gradient" in told[4] or told[4].startswith("worker 1 could not use its own gradient")

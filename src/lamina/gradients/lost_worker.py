@@ -9,14 +9,13 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from lamina.errors import LaminaError
-from lamina.gradients.reducer import Group, size
 
 PATIENCE = 5.0
 """Seconds that survivors wait for each other's sign of life, to name who is gone."""
 
 
 @contextmanager
-def lost_worker_told(group: Group, turn: str) -> Iterator[None]:
+def lost_worker_told(group: dist.ProcessGroup | None, turn: str) -> Iterator[None]:
     """Turn the error of a collective into a sentence that names who is gone.
 
     Args:
@@ -27,7 +26,7 @@ def lost_worker_told(group: Group, turn: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        rank, workers = dist.get_rank(group), size(group)
+        rank, workers = dist.get_rank(group), dist.get_world_size(group)
         gone = _missing(workers, rank, f"lamina/alive/{turn}")
         who = named(gone) if gone else "another worker"
         raise LaminaError(

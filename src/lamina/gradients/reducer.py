@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lamina.errors import LaminaError, PlanError, ShapeError
+from lamina.gradients.lost_worker import lost_worker_told, named
 from lamina.registry import register
 
 Group = dist.ProcessGroup | None
@@ -27,7 +28,11 @@ class Reducer(Protocol):
     """
 
     granularity: ClassVar[Literal["bucket", "model"]]
-    """`bucket`: may be called per bucket inside DDP's communication hook; `model`: once, after backward."""
+    """`bucket`: may be called per bucket inside DDP's communication hook; `model`: once, after backward.
+
+    After backward, workers without any gradient are told of before a `bucket` reducer is called; a `model` reducer is
+    called with none, and tells the others itself.
+    """
 
     def tasks(self, step: int, rank: int, world: int) -> Sequence[int]:
         """Name the data shards this rank computes in this step (gradient coding); by default its own."""
@@ -85,8 +90,8 @@ class Mean(Stateless):
         result = {}
         for name, flat in flatten(gradients).items():
             if world > 1:
-                flat = flat / world  # before the sum, so that fp16 does not overflow
-                dist.all_reduce(flat, group=group)
+                # Before the sum, so that fp16 does not overflow.
+                dist.all_reduce(flat.mul_(1 / world), group=group)
                 self.sent += flat.nbytes
             result[name] = flat
         return unflatten(result, gradients)
@@ -110,18 +115,23 @@ class Handle:
         self.model: nn.Module | None = model
         self.group = group
         self.in_backward = in_backward
+        self.turn = 0
 
     def reduce(self) -> None:
         """Replace every `.grad` by the workers' combined one; a parameter without one counts as zero.
 
         Raises:
-            LaminaError: no parameter has one, so this worker has nothing to send (the others then run into the process
-                group's timeout).
+            LaminaError: a worker (this one or another) has no gradient at all, so it has nothing to send, or is gone.
         """
         if self.model is None or self.in_backward:
             return
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if trained and all(p.grad is None for p in trained.values()):
+        silent = bool(trained) and all(p.grad is None for p in trained.values())
+        if trained and self.reducer.granularity == "bucket" and size(self.group) > 1:
+            self._roll_call(silent, next(iter(trained.values())).device)
+        elif silent:
+            self.reducer.reduce({}, self.group)
+        if silent:
             raise LaminaError("no parameter has a gradient to combine: call backward() before reduce()")
         gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
         reduced = self.reducer.reduce(gradients, self.group)
@@ -130,6 +140,20 @@ class Handle:
                 parameter.grad = reduced[name]
             else:
                 parameter.grad.copy_(reduced[name])
+
+    def _roll_call(self, silent: bool, device: torch.device) -> None:
+        """Tell the others whether this worker has a gradient (8 bytes, in no reducer's count), before any waits."""
+        self.turn += 1
+        everyone = torch.zeros(size(self.group), dtype=torch.int64, device=device)
+        with lost_worker_told(self.group, f"roll call/{self.turn}"):
+            mine = torch.tensor([int(silent)], device=device)
+            dist.all_gather(list(everyone.split(1)), mine, group=self.group)
+        absent = everyone.nonzero().view(-1).tolist()
+        if absent:
+            raise LaminaError(
+                f"{named(absent)} had no parameter with a gradient to combine (call backward() before reduce()); "
+                f"nothing was combined; this is worker {dist.get_rank(self.group)}"
+            )
 
     def remove(self) -> None:
         """Detach from a plain model.
@@ -176,6 +200,7 @@ class _Hook:
     def __init__(self, model: DistributedDataParallel, reducer: Reducer | None, group: Group) -> None:
         self.names = {id(p): n for n, p in model.module.named_parameters()}
         self.reducer = reducer
+        self.reduce_flat = getattr(reducer, "reduce_flat", None)
         self.group = group
 
 
@@ -184,8 +209,8 @@ def _reduce_bucket(hook, bucket):  # type: ignore[no-untyped-def]
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     if hook.reducer is not None:
         names = [hook.names[id(p)] for p in bucket.parameters()]
-        if hasattr(hook.reducer, "reduce_flat"):
-            later = hook.reducer.reduce_flat(bucket.buffer(), names, hook.group)
+        if hook.reduce_flat is not None:
+            later = hook.reduce_flat(bucket.buffer(), names, hook.group)
             if later is not None:
                 return later
         views = dict(zip(names, bucket.gradients(), strict=True))
@@ -201,8 +226,10 @@ def size(group: Group) -> int:
 
 
 def mean_later(flat: Tensor, group: Group) -> torch.futures.Future[Tensor]:
-    """Replace a vector by the workers' mean, in place, while the caller goes on."""
-    work: Any = dist.all_reduce(flat.div_(size(group)), group=group, async_op=True)
+    """Replace a vector by the workers' mean, in place, while the caller goes on: the bits of plain DDP's."""
+    # Straight from the group: what torch.distributed does around it takes as long as some 100,000 numbers.
+    everyone: Any = group or dist.group.WORLD
+    work = everyone.allreduce([flat.mul_(1 / size(group))])
     first: Callable[[Any], Tensor] = lambda done: done.value()[0]  # noqa: E731
     return work.get_future().then(first)
 

@@ -223,6 +223,8 @@ class CodedReducer(Stateless):
         self, gradients: Mapping[str, Tensor], scheme: Scheme, rank: int, items: Sequence[Item]
     ) -> tuple[list[Tensor], Tensor]:
         """Return a message an item, and a vector like the decoded one."""
+        if not gradients:
+            raise LaminaError("no parameter has a gradient to send")
         wanted = [len(scheme.chunks(rank, item)) for item in items]
         for name, gradient in gradients.items():
             known = self._shapes.get(name)

@@ -33,7 +33,7 @@ class Memory:
 
     def begins(self, names: Iterable[str]) -> bool:
         """Say whether a bucket of these names would begin a step."""
-        return self._between_steps or any(n in self._seen for n in names)
+        return self._between_steps or not self._seen.keys().isdisjoint(names)
 
     def begin(self, names: Iterable[str]) -> bool:
         """Take note of a bucket's names; say whether a step begins with it."""

@@ -28,7 +28,7 @@ class Traffic:
 
     def mean(self, flat: Tensor, group: Group) -> Tensor:
         """Return the mean of every worker's vector, by all-reduce; bitwise the same on all."""
-        flat = flat / size(group)  # before the sum, so that fp16 does not overflow
+        flat = flat * (1 / size(group))  # before the sum, so that fp16 does not overflow
         with self._next(group):
             dist.all_reduce(flat, group=group)
         self.count_all_reduce(flat.nbytes, group)
