@@ -13,6 +13,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import multiprocessing
+import os
 import sys
 import tempfile
 import types
@@ -199,16 +200,19 @@ def largest_size() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def memory(kind: str, rounds: int = 1) -> Row:
-    """Compare the memory of three steps, each in a process of its own."""
+def memory(kind: str, rounds: int = 3) -> Row:
+    """Compare the memory of three steps, each in a process of its own, in alternating order."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, list[float]] = {"ours": [], "torchdistill": []}
-    for _ in range(rounds):
-        for which, values in found.items():
+    # Every tensor gets pages of its own, which go back at once: what is resident is what is alive. Without that, the
+    # same steps differ by a fifth from process to process, by where the heap has its holes.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for turn in range(rounds):
+        for which in list(found) if turn % 2 == 0 else list(found)[::-1]:
             queue = context.Queue()
             worker = context.Process(target=peak, args=(which, kind, queue))
             worker.start()
-            values.append(queue.get())
+            found[which].append(queue.get())
             worker.join()
     ours, theirs = (sorted(v)[rounds // 2] for v in found.values())
     ratios = sorted(a / b for a, b in zip(*found.values(), strict=True))
@@ -253,7 +257,7 @@ def main() -> None:
         cached = Distillation(teacher, terms=[{**KD, "alpha": 0.5}], cache=folder)
         names = ("knowledge distillation, cached", "classification")
         steps = step_of(cached, student, batch), step_of(Classification(), copy.deepcopy(student), batch)
-        rows = [pair("step with a cached teacher, 64 images of 32 x 32", *steps, names=names, goal="<= 1.1", rounds=15)]
+        rows = [pair("step with a cached teacher, 64 images of 32 x 32", *steps, names=names, goal="<= 1.1", rounds=31)]
     hints = [{"name": "hint", "student": p} for p in ("relu2", "relu3")]
     watched, plain = Distillation(teacher, terms=hints), network(16, 0)
 
@@ -277,7 +281,7 @@ def main() -> None:
         packages = ("torchdistill",)
         for kind, what in (("hint", "a first stage of hints"), ("attention", "attention transfer and distillation")):
             pairs = [make(kind, network(16, 0), network(16, 1, depth=5), batch) for make in STEPS.values()]
-            rows.append(pair(f"step of {what}", *pairs, names=("probe", "torchdistill 1.1.5"), goal="< 1", rounds=15))
+            rows.append(pair(f"step of {what}", *pairs, names=("probe", "torchdistill 1.1.5"), goal="< 1", rounds=31))
             rows.append(memory(kind))
             gaps = first_losses(kind)
             print(f"losses of five steps of {kind}: largest relative gap {max(gaps):.1e}")

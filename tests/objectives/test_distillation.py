@@ -119,6 +119,15 @@ def test_a_hint_stage_cuts_the_students_pass_short():
     assert ran == [1, 1], "beside an objective of outputs each runs for itself"
 
 
+@pytest.mark.parametrize("options", [{"stop": True}, {}])
+def test_the_teacher_is_through_before_the_student_has_a_graph(options):
+    student, teacher, ran = net(), net(seed=1), []
+    student[0].register_forward_hook(lambda *a: ran.append("student"))
+    teacher[2].register_forward_hook(lambda *a: ran.append("teacher"))
+    Distillation(teacher, terms=[hint()], **options)(student, rows())
+    assert ran == ["teacher", "student"]
+
+
 def test_nothing_hangs_on_the_model_and_nothing_is_kept_after_a_step():
     student, teacher = net(), net(seed=1)
     objective = Distillation(teacher, terms=[hint(), "knowledge_distillation"])

@@ -225,6 +225,22 @@ def test_what_a_loss_does_not_see():
     torch.testing.assert_close(affine, d.logit_losses.pearson_distance(probabilities, T.softmax(1)))
 
 
+# Said by torch to itself: its compiler makes an instance.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
+def test_activity_has_the_slopes_and_curvatures_of_what_it_says_also_compiled_and_by_rows():
+    x = normal(3, 4, 2, 5, seed=31).double().requires_grad_()
+    plain = F.normalize(x.square().mean(1).flatten(1))
+    torch.testing.assert_close(activity(x), plain)
+    assert torch.autograd.gradcheck(activity, x)
+    assert torch.autograd.gradgradcheck(activity, x)
+    weight = normal(3, 10, seed=32).double()
+    expected = torch.autograd.grad((plain * weight).sum(), x)[0]
+    compiled = torch.compile(activity, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad((compiled(x) * weight).sum(), x)[0], expected)
+    rows = torch.func.vmap(torch.func.grad(lambda r, w: (activity(r[None])[0] * w).sum()))(x.detach(), weight)
+    torch.testing.assert_close(rows, expected)
+
+
 def test_similarity_and_affinity_by_the_matrices_that_they_are_made_of():
     gram_s, gram_t = (F.normalize(x.flatten(1) @ x.flatten(1).T) for x in (EARLY_S, WIDE_T))
     torch.testing.assert_close(d.SimilarityPreserving()(EARLY_S, WIDE_T), (gram_s - gram_t).square().sum() / 49)

@@ -135,11 +135,13 @@ class Distillation(nn.Module):
 
     def forward(self, model: nn.Module, batch: Batch) -> Losses:
         """Run student and teacher and return the losses."""
+        # First, while the student has no graph yet: what the teacher needs on its way is given back before.
+        taught = self._taught(batch)
         if self.stop and self.teacher is not None and PREDICTION not in self._places("student"):
-            return self._stopped(model, batch)
+            return self._stopped(model, batch, taught)
         with self._observe(model):
             outputs = call(model, batch)
-        return self.loss(outputs, batch)
+        return self._compared(outputs, batch, taught)
 
     @property
     def observing(self) -> Callable[[nn.Module], AbstractContextManager[None]] | None:
@@ -152,6 +154,9 @@ class Distillation(nn.Module):
         Raises:
             LaminaError: places inside the model are compared, and nobody watched them.
         """
+        return self._compared(outputs, batch, self._taught(batch))
+
+    def _compared(self, outputs: Any, batch: Batch, taught: Mapping[Place, Tensor]) -> Losses:
         student = logits(outputs)
         kept = kept_of(batch, student.shape[:-1])
         if self.teacher is None:
@@ -164,8 +169,7 @@ class Distillation(nn.Module):
                 if kept is None
                 else kept.sum().float()
             )
-            return self._sum({**seen, PREDICTION: student}, batch, kept, count)
-        taught = self._taught(batch)
+            return self._sum({**seen, PREDICTION: student}, taught, batch, kept, count)
         goal = taught[PREDICTION]
         if goal.shape != student.shape:
             raise ShapeError(f"distillation got student logits {tuple(student.shape)}, teacher {tuple(goal.shape)}")
@@ -213,12 +217,18 @@ class Distillation(nn.Module):
     def _all_terms(self) -> list[Term]:
         return [t for t in self.terms if isinstance(t, Term)]
 
-    def _sum(self, student: Mapping[Place, Tensor], batch: Batch, kept: Tensor | None, count: Tensor) -> Losses:
+    def _sum(
+        self,
+        student: Mapping[Place, Tensor],
+        taught: Mapping[Place, Tensor],
+        batch: Batch,
+        kept: Tensor | None,
+        count: Tensor,
+    ) -> Losses:
         terms = self.active_terms()
         self._check_watched(student, [p for t in terms for p in t.student])
         found: Losses = {}
         parts: list[Tensor] = []
-        taught = self._taught(batch) if terms else {}
         for term in terms:
             value = term(student, taught, batch, kept)
             parts.append(value if term.weight == 1.0 else term.weight * value)
@@ -229,17 +239,19 @@ class Distillation(nn.Module):
         active = torch.tensor(float(bool(terms)), device=count.device)
         return {"loss": total, "count": count, "active": active, **found}
 
-    def _stopped(self, model: nn.Module, batch: Batch) -> Losses:
+    def _stopped(self, model: nn.Module, batch: Batch, taught: Mapping[Place, Tensor]) -> Losses:
         """End the student's pass behind the last place; rows are what a mean is over."""
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise LaminaError("stop cuts the student's pass short, which DistributedDataParallel cannot follow: leave it out")  # fmt: skip  # noqa: E501
         self._hold_still(model)
         student = captured(model, batch, self._places("student"), detach=False, stop=True)
         first = next(iter(student.values()))
-        return self._sum(student, batch, None, torch.tensor(float(len(first)), device=first.device))
+        return self._sum(student, taught, batch, None, torch.tensor(float(len(first)), device=first.device))
 
     def _taught(self, batch: Batch) -> dict[Place, Tensor]:
         """Return what the teacher says at every place that is asked for, from the cache where there is one."""
+        if self.teacher is None or (self.terms and not self.active_terms()):
+            return {}
         if self.cache is None:
             return self._asked(batch, self._places("teacher"))
         # All places, whenever their terms run: a row is written once.
