@@ -2,10 +2,14 @@
 
 import pytest
 import torch
-from tests.rewrite.routed import gpt2, ids, llama, ours, padded, route
+from tests.rewrite.routed import gpt2, ids, llama, ours, padded, route, routings
+from transformers import DynamicCache
 
+from lamina import probe
 from lamina.errors import LaminaError
+from lamina.models import Transformer
 from lamina.nn import KeyValueCache
+from lamina.rewrite.depth_routing import block
 
 MAKERS = [(llama, "sdpa"), (llama, "eager"), (gpt2, "sdpa"), (gpt2, "eager")]
 
@@ -25,8 +29,6 @@ def decoded(model, x, mask, positions, cache, first=8, begin=0):
 @pytest.mark.parametrize(("make", "implementation"), MAKERS)
 @torch.no_grad()
 def test_step_by_step_equals_one_pass_with_padding_on_the_left(make, implementation):
-    from transformers import DynamicCache
-
     model = route(make(attn_implementation=implementation), [1, 3])
     x, mask, positions = padded()
     whole = model(x, attention_mask=mask, position_ids=positions, use_cache=False).logits
@@ -48,8 +50,6 @@ def test_step_by_step_equals_one_pass_with_padding_on_the_left(make, implementat
 @pytest.mark.parametrize(("make", "implementation"), MAKERS)
 @torch.no_grad()
 def test_chunks_of_a_prompt_without_any_mask_equal_each_row_by_itself(make, implementation):
-    from transformers import DynamicCache
-
     model = route(make(attn_implementation=implementation), [1, 3])
     x, cache = ids(), DynamicCache()
     alone = torch.cat([model(x[i : i + 1], use_cache=False).logits for i in range(4)])
@@ -81,8 +81,6 @@ def test_beams_are_those_without_a_cache():
 
 @torch.no_grad()
 def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been():
-    from transformers import DynamicCache
-
     model = route(llama(), [1, 3])
     x, mask, positions = padded()
     cache = DynamicCache()
@@ -99,8 +97,6 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been():
 
 @torch.no_grad()
 def test_rows_of_a_cache_are_chosen_and_repeated_with_their_positions():
-    from transformers import DynamicCache
-
     model = route(llama(), [1, 3])
     x, mask, positions = padded()
     cache = DynamicCache()
@@ -120,8 +116,6 @@ def test_rows_of_a_cache_are_chosen_and_repeated_with_their_positions():
 
 @torch.no_grad()
 def test_a_token_that_no_row_lets_in_writes_nothing_and_keeps_its_bits():
-    from transformers import DynamicCache
-
     from lamina import probe
 
     model = route(llama(), [1], threshold_decode=1.0)
@@ -170,3 +164,51 @@ def test_caches_that_cannot_work_are_refused():
     compact(x[:, :8], past_key_values=cache)
     with pytest.raises(LaminaError, match="'compact' cannot go on from a cache"):
         compact(x[:, 8:9], past_key_values=cache)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, ours])
+@pytest.mark.parametrize("nobody", [False, True])
+@torch.no_grad()
+def test_rows_that_run_apart_leave_the_same_slots_as_together(make, nobody, monkeypatch):
+    model, x, seen = route(make(), [1, 3]), ids(), {}
+    paths = routings(model)
+    with probe.observe(model, {p: lambda m, a, k, o, p=p: seen.__setitem__(p, o.probability) for p in paths}):
+        model(x)
+    for path, routing in paths.items():
+        # Where every row has a token that enters, or all rows but one; the second block is told only by the first.
+        top = seen[path].amax(1)
+        routing.threshold_prefill = float(top.min()) + (1e-4 if nobody else -1e-4)
+    runs = []
+    for spare in (10**9, 0):
+        monkeypatch.setattr(block, "CALL", spare)
+        monkeypatch.setattr(block, "FEW", spare)
+        runs.append(held(model, x))
+    (logits, together), (found, apart) = runs
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+    for (positions, pairs), (expected, others) in zip(apart, together, strict=True):
+        assert torch.equal(positions, expected)
+        assert bool((expected == -1).any()), "rows differ in length, or this tests nothing"
+        for mine, other in zip(pairs, others, strict=True):
+            real = (positions >= 0)[:, None, :, None].expand_as(mine)
+            torch.testing.assert_close(mine[real], other[real], rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def held(model, x):
+    """Logits of a prefill and of four steps, and what each routed layer holds after them."""
+    cache = KeyValueCache() if isinstance(model, Transformer) else DynamicCache()
+    name = "cache" if isinstance(model, Transformer) else "past_key_values"
+    parts = [model(x[:, a:b], **{name: cache}) for a, b in ((0, 16), (16, 17), (17, 18), (18, 19), (19, 20))]
+    logits = torch.cat([p if isinstance(p, torch.Tensor) else p.logits for p in parts], dim=1)
+    if isinstance(model, Transformer):
+        slots = vars(cache)["routed"].values()
+        return logits, [(s.positions, [t for pair in s.inner.slots.values() for t in pair]) for s in slots]
+    return logits, [(s.positions, [s.keys, s.values]) for s in (cache.layers[1], cache.layers[3])]
+
+
+def test_rows_run_apart_where_that_spares_more_fillers_than_it_may_cost():
+    assert block.row_groups([363, 150], 32) == [[0], [1]]
+    assert block.row_groups([270, 280], 32) == [[1, 0]]
+    assert block.row_groups([5, 9, 5, 9, 0], 0) == [[1, 3], [0, 2], [4]]
+    # 10 fillers in each of four rows are 40.
+    assert block.row_groups([20, 10, 10, 10, 10], 39) == [[0], [1, 2, 3, 4]]
+    assert block.row_groups([20, 10, 10, 10, 10], 40) == [[0, 1, 2, 3, 4]]

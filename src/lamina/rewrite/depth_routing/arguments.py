@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.errors import AnatomyError, LaminaError
@@ -47,6 +48,9 @@ def taken(
     Raises:
         AnatomyError: an argument of unknown meaning that has as many entries as there are tokens.
     """
+    if shape[1] == 1:
+        # The only one: nothing is cut.
+        return dict(given)
     return {name: _taken(name, value, index, shape, index if ranks is None else ranks) for name, value in given.items()}
 
 
@@ -56,6 +60,8 @@ def rows_of(given: Mapping[str, Any], rows: Tensor, count: int) -> dict[str, Any
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == count:
             return value[rows]
+        if isinstance(value, dict):
+            return {k: cut(v) for k, v in value.items()}
         return tuple(cut(v) for v in value) if isinstance(value, tuple) else value
 
     return {name: cut(value) for name, value in given.items()}
@@ -122,11 +128,14 @@ class Masks:
         form = self._form()
         if form != "pairs":
             return ~seen if form == "padding" else seen
-        keys = seen.shape[1]
-        row = torch.arange(keys - queries, keys, device=seen.device)[:, None]
-        column = torch.arange(keys, device=seen.device)
-        mask = seen[:, None, None, :].expand(-1, 1, queries, -1)
-        mask = (mask & (column <= row) if causal else mask) | (column == row)
+        if queries == 1:
+            mask = F.pad(seen[:, None, None, :-1], (0, 1), value=True)
+        else:
+            keys = seen.shape[1]
+            row = torch.arange(keys - queries, keys, device=seen.device)[:, None]
+            column = torch.arange(keys, device=seen.device)
+            mask = seen[:, None, None, :].expand(-1, 1, queries, -1)
+            mask = (mask & (column <= row) if causal else mask) | (column == row)
         if not self._adds():
             return mask
         return torch.zeros(mask.shape, dtype=dtype, device=seen.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from lamina.rewrite.depth_routing.cache import EMPTY, Slots, find_slots, without
 
 Scale = Literal["mlp", "block", "none"]
 Positions = Literal["original", "compact"]
+CALL, FEW = 64_000_000, 32
+"""Rows run apart on a CPU where that spares so many multiplications, of so many tokens at least."""
 
 
 class Protected:
@@ -86,6 +88,7 @@ class Routed:
         self._scaled()
         self.__signature__ = inspect.signature(plain)
         self.names = tuple(self.__signature__.parameters)
+        self.weights = sum(p.numel() for p in block.parameters())
         self.ends: tuple[None, ...] | None = None
         """What the block returns after the stream; None = not known yet, or no tuple at all."""
         self.known = False
@@ -143,27 +146,80 @@ class Routed:
                 "positions='compact' cannot go on from a cache: the arrays of earlier positions are gone; pass "
                 "use_cache=False, or route with positions='original'"
             )
-        counts = choice.enters.sum(1)
-        most, least = int(counts.max()), int(counts.min())
-        if most == 0:
+        counts = choice.enters.sum(1).tolist()
+        if max(counts) == 0:
             if slots is not None:
                 slots.passed(before + x.shape[1])
             return self._nothing(x, given)
-        # Right-aligned, in order: the fillers of rows with fewer tokens come first.
-        index = choice.enters.to(torch.uint8).argsort(dim=1, stable=True)[:, x.shape[1] - most :]
-        valid = None if least == most else choice.enters.gather(1, index)
-        p = choice.probability.gather(1, index)
+        groups = self._groups(counts, given, slots, x)
+        if len(groups) == 1:
+            result, stream = self._entered(x, given, choice, counts, slots, before)
+            return self._put_back(result, stream)
+        return self._apart(x, given, choice, counts, slots, before, groups)
+
+    def _entered(
+        self, x: Tensor, given: dict[str, Any], choice: Choice, counts: list[int], slots: Slots | None, before: int
+    ) -> tuple[Any, Tensor]:
+        """Run the block on the tokens that enter; return what it gave, and the stream with that put back."""
+        most, real = max(counts), choice.real
+        if x.shape[1] == 1:
+            # It is the whole stream: there is nothing to take out of it.
+            index, valid = torch.zeros_like(choice.enters, dtype=torch.long), None if min(counts) else choice.enters
+            picked, p = x, choice.probability
+        else:
+            # Right-aligned, in order: the fillers of rows with fewer tokens come first.
+            index = choice.enters.to(torch.uint8).argsort(dim=1, stable=True)[:, x.shape[1] - most :]
+            valid = None if min(counts) == most else choice.enters.gather(1, index)
+            picked, p = gather(x, index), choice.probability.gather(1, index)
         if slots is not None:
-            result = self._cached(x, given, index, valid, p, slots, before, real)
-        elif valid is None or self.masks.can(given):
-            ranks = self._ranks(index, valid, real)
-            some = taken(given, index, x.shape[:2], ranks=ranks)
+            some = self._cached(x, given, index, valid, slots, before, real)
+        else:
+            some = taken(given, index, x.shape[:2], ranks=self._ranks(index, valid, real))
             if valid is not None:
                 some = self.masks.hide(given, some, valid, self.place.causal, x.dtype)
-            result = self._run(gather(x, index), p, some)
-        else:
-            return self._row_by_row(x, given, index, counts, p, real)
-        return self._put_back(result, _scatter_valid(x, index, valid, _stream(result)))
+        result = self._run(picked, p, some)
+        if slots is not None:
+            slots.end()
+        return result, _scatter_valid(x, index, valid, _stream(result))
+
+    def _groups(self, counts: list[int], given: Mapping[str, Any], slots: Slots | None, x: Tensor) -> list[list[int]]:
+        """Say which rows run in one call: those with the same number of tokens, or where fillers cost less than a call.
+
+        A block that takes no mask cannot be told of fillers. On an accelerator a call costs more than they do, and
+        slots that hold tokens already have all rows.
+        """
+        if slots is None and not self.masks.can(given):
+            return row_groups(counts, 0)
+        fresh = slots is None or slots.positions is None
+        spare = max(FEW, CALL // max(self.weights, 1)) if fresh and x.device.type == "cpu" else sum(counts) * len(x)
+        return row_groups(counts, spare)
+
+    def _apart(
+        self,
+        x: Tensor,
+        given: dict[str, Any],
+        choice: Choice,
+        counts: list[int],
+        slots: Slots | None,
+        before: int,
+        groups: list[list[int]],
+    ) -> Any:
+        """Run groups of rows one after the other."""
+        streams, result, held = [], None, []
+        for group in groups:
+            rows = torch.tensor(group, device=x.device)
+            own = x[rows]
+            if counts[group[0]]:
+                part = Choice(*(None if t is None else t[rows] for t in choice))  # type: ignore[arg-type]
+                some = rows_of(given, rows, len(x))
+                result, own = self._entered(own, some, part, [counts[r] for r in group], slots, before)
+                if slots is not None:
+                    held.append((rows, slots.taken()))
+            streams.append(own)
+        if slots is not None:
+            slots.joined(held, len(x), before + x.shape[1])
+        order = torch.tensor([r for group in groups for r in group], device=x.device).argsort()
+        return self._put_back(result, torch.cat(streams)[order])
 
     def _cached(
         self,
@@ -171,12 +227,11 @@ class Routed:
         given: dict[str, Any],
         index: Tensor,
         valid: Tensor | None,
-        p: Tensor,
         slots: Slots,
         before: int,
         real: Tensor | None,
-    ) -> Any:
-        """Run the block so that its keys are added to its own slots, under a mask over those."""
+    ) -> dict[str, Any]:
+        """Return what the block is called with so that its keys are added to its slots, under a mask over those."""
         earlier = slots.positions
         positions = index + before if valid is None else torch.where(valid, index + before, EMPTY)
         ranks = self._ranks(index, valid, real)
@@ -187,27 +242,7 @@ class Routed:
         else:
             some = taken(self.masks.without(given), index, x.shape[:2], ranks=ranks)
             some |= self.masks.over_slots(given, earlier, valid, index.shape, x)
-        some |= slots.begin(positions, before + x.shape[1])
-        result = self._run(gather(x, index), p, some)
-        slots.end()
-        return result
-
-    def _row_by_row(
-        self, x: Tensor, given: dict[str, Any], index: Tensor, counts: Tensor, p: Tensor, real: Tensor | None
-    ) -> Any:
-        """Run rows with the same number of tokens together: a block without a mask cannot be told of fillers."""
-        stream, result = x, None
-        for count in counts.unique().tolist():
-            if not count:
-                continue
-            (rows,) = (counts == count).nonzero(as_tuple=True)
-            own = index[rows][:, index.shape[1] - count :]
-            some = rows_of(given, rows, len(x))
-            ranks = self._ranks(own, None, None if real is None else real[rows])
-            some = taken(some, own, (len(rows), x.shape[1]), ranks=ranks)
-            result = self._run(gather(x[rows], own), p[rows][:, p.shape[1] - count :], some)
-            stream = stream.index_copy(0, rows, scatter(x[rows], own, _stream(result)))
-        return self._put_back(result, stream)
+        return {**some, **slots.begin(positions, before + x.shape[1])}
 
     def _all(self, x: Tensor, given: dict[str, Any], choice: Choice, real: Tensor | None) -> Any:
         """Compute every token and keep what entered: in a graph the numbers of tokens must be known beforehand."""
@@ -273,6 +308,18 @@ class Routed:
         return (stream, *result[1:]) if isinstance(result, (tuple, list)) else stream
 
 
+def row_groups(counts: Sequence[int], spare: int) -> list[list[int]]:
+    """Put rows with like numbers of tokens together: a new group begins where it spares more than `spare` fillers."""
+    order = sorted(range(len(counts)), key=lambda row: -counts[row])
+    groups = [order[:1]]
+    for place, row in enumerate(order[1:], start=1):
+        if (counts[groups[-1][0]] - counts[row]) * (len(order) - place) > spare:
+            groups.append([row])
+        else:
+            groups[-1].append(row)
+    return groups
+
+
 def find_cache(given: Mapping[str, Any]) -> Callable[[int], int] | None:
     """Return what tells the number of cached tokens before these, or None where the call has no cache."""
     cache = given.get("past_key_values", given.get("past_key_value"))
@@ -290,6 +337,8 @@ def _stream(result: Any) -> Tensor:
 
 
 def _scatter_valid(x: Tensor, index: Tensor, valid: Tensor | None, values: Tensor) -> Tensor:
+    if x.shape[1] == 1:
+        return values.to(x.dtype) if valid is None else torch.where(valid[..., None], values.to(x.dtype), x)
     if valid is None:
         return scatter(x, index, values)
     keep = valid.flatten().nonzero()[:, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from lamina.errors import LaminaError
 from lamina.nn.attention import KeyValueCache
-from lamina.nn.token_router import gather
 
 EMPTY = -1
 """Position of a slot that holds no token: in a batch some rows have entered more often than others."""
+
+
+Held = tuple[Tensor, dict[Any, tuple[Tensor, Tensor]]]
+"""Positions (B, L), and keys and values (B, H, L, D) of each attention."""
 
 
 class Slots(Protocol):
@@ -33,6 +36,14 @@ class Slots(Protocol):
 
     def passed(self, seen: int) -> None:
         """Take note that the model has seen so many tokens, though none was added."""
+        ...
+
+    def taken(self) -> Held:
+        """Hand out what is held and be empty: of some rows, others follow."""
+        ...
+
+    def joined(self, held: Sequence[tuple[Tensor, Held]], rows: int, seen: int) -> None:
+        """Hold what was taken out for these rows, of so many; rows that are not named hold nothing."""
         ...
 
 
@@ -82,6 +93,18 @@ class OwnSlots:
 
     def passed(self, seen: int) -> None:
         """See `Slots`."""
+
+    def taken(self) -> Held:
+        """See `Slots`."""
+        assert self.positions is not None
+        held: Held = self.positions, {**self.inner.slots}
+        self.positions, self.inner = None, KeyValueCache()
+        return held
+
+    def joined(self, held: Sequence[tuple[Tensor, Held]], rows: int, seen: int) -> None:
+        """See `Slots`."""
+        self.positions, self.inner.slots = _joined_rows(held, rows)
+        self.inner.length = self.positions.shape[1]
 
 
 def _slot_number(block: nn.Module) -> int:
@@ -144,6 +167,19 @@ def _layer_class() -> Any:
             """See `Slots`."""
             self.seen = seen
 
+        def taken(self) -> Held:
+            """See `Slots`."""
+            assert self.positions is not None
+            held: Held = self.positions, {None: (self.keys, self.values)}
+            self.reset()
+            return held
+
+        def joined(self, held: Sequence[tuple[Tensor, Held]], rows: int, seen: int) -> None:
+            """See `Slots`."""
+            self.positions, slots = _joined_rows(held, rows)
+            self.lazy_initialization(*slots[None])
+            (self.keys, self.values), self.seen = slots[None], seen
+
         def crop(self, tokens_to_remove: int) -> None:
             """Forget the last tokens that the model saw, whether they entered here or not."""
             if tokens_to_remove > 0:
@@ -183,6 +219,28 @@ def _joined(earlier: Tensor | None, new: Tensor) -> Tensor:
     return new if earlier is None else torch.cat((earlier, new), dim=1)
 
 
+def _joined_rows(held: Sequence[tuple[Tensor, Held]], rows: int) -> Held:
+    """Put what rows hold into one, right-aligned; the slots of the others are empty."""
+    most = max(positions.shape[1] for _, (positions, _) in held)
+
+    def joined(parts: Sequence[tuple[Tensor, Tensor]], fill: float) -> Tensor:
+        like = parts[0][1]
+        whole = like.new_full((rows, like.shape[1], most, like.shape[3]), fill)
+        for at, part in parts:
+            whole[at, :, most - part.shape[2] :] = part
+        return whole
+
+    positions = joined([(at, p[:, None, :, None]) for at, (p, _) in held], EMPTY)[:, 0, :, 0]
+    slots = {
+        module: (
+            joined([(at, s[module][0]) for at, (_, s) in held], 0.0),
+            joined([(at, s[module][1]) for at, (_, s) in held], 0.0),
+        )
+        for module in held[0][1][1]
+    }
+    return positions, slots
+
+
 def _order(positions: Tensor) -> Tensor | None:
     """Say which slots stay, (B, m): m tokens of the fullest row, empty slots first; None where all do."""
     full = positions != EMPTY
@@ -193,5 +251,8 @@ def _order(positions: Tensor) -> Tensor | None:
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
-    """Take slots of keys or values (B, H, L, D)."""
-    return gather(x.transpose(1, 2), order).transpose(1, 2).contiguous()
+    """Take slots (B, m) of keys or values (B, H, L, D), in one copy."""
+    rows, heads, length, _ = x.shape
+    start = torch.arange(rows * heads, device=x.device).view(rows, heads, 1) * length
+    index = order[:, None, :] + start
+    return x.flatten(0, 2).index_select(0, index.flatten()).unflatten(0, index.shape)
