@@ -35,9 +35,9 @@ the rest holds: from random weights 89.2, 5.6 points below; with decay 94.7, no 
 good as asking. Discriminator (first seed, 94.9 without): cooperative 94.9, adversarial 94.8.
 
 Limits: labels at hand are worth more than the ensemble where teachers are hardly better than the student, as here. With
-ten classes the discriminator has two hidden units a layer, which are easily dead. Its own learning rate is exact under
-SGD without decay only; elsewhere give it a group. Every step costs the teachers' forward passes, unless stored. A wrong
-order of equally many classes cannot be seen. Sequences count position by position, rows labelled -100 for nothing.
+ten classes the discriminator has two hidden units a layer, which are easily dead; a loop of one's own must give it a
+group of its own for its rate. Every step costs the teachers' forward passes, unless stored. A wrong order of equally
+many classes cannot be seen. Sequences count position by position, rows labelled -100 for nothing.
 
 Composes with: any pass in training (its teacher is the model before), LAMB, reducers, hypercomplex and other layers in
 any slot of student or teachers, `random_crops`, objectives beside it, data parallel training, compiled models.
@@ -152,11 +152,16 @@ def follow(student: nn.Module, objective: Objective, rows: Examples, seed: int, 
     """Fine-tune for 40 epochs by SGD with momentum 0.9, at two rates as published."""
     loader = Loader(rows, BATCH, seed=seed)
     steps = epochs(40) * loader.batches_per_epoch
-    parameters = [*student.parameters(), *objective.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=RATE, momentum=0.9, weight_decay=decay)
+    optimizer = torch.optim.SGD(student.parameters(), lr=RATE, momentum=0.9, weight_decay=decay)
+    told = getattr(objective, "rate_factors", tuple)
+    factors = [1.0]
+    for parameter, factor in told():
+        optimizer.add_param_group({"params": [parameter]})
+        factors.append(factor)
     student.train()
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = RATE if step < TURN * steps else LATER
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["lr"] = factor * (RATE if step < TURN * steps else LATER)
         optimizer.zero_grad()
         objective(student, next(loader))["loss"].backward()
         optimizer.step()

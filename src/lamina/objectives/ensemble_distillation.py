@@ -67,8 +67,8 @@ class EnsembleDistillation(nn.Module):
             `cooperative` (the released code): the student too makes that easy; `adversarial` (as the paper words it):
             it makes it hard. Little comes of either. With stored labels it compares probabilities.
         discriminator_weight: of its loss, >= 0.
-        discriminator_rate: its learning rate over the student's (by its gradient, so exact under SGD without decay;
-            1 where it has a group of its own in the optimizer). 0.01 is the published 1e-4 beside 0.01.
+        discriminator_rate: its learning rate over the student's: the trainer gives it a group of its own in the
+            optimizer, as a loop of one's own should (`rate_factors`). 0.01 is the published 1e-4 beside 0.01.
         final_relu: a ReLU on its two outputs, as the released code has it.
         input_transforms: what a teacher sees of the first input (its own size, its own normalisation): a callable or
             a layer's node (`{name: "torch.nn:Upsample", size: 380}`), for all or one a teacher.
@@ -189,6 +189,10 @@ class EnsembleDistillation(nn.Module):
         if self.discriminator is not None:
             yield from self.discriminator.parameters()
 
+    def rate_factors(self) -> Iterator[tuple[Parameter, float]]:
+        """Yield each parameter with its learning rate over the student's."""
+        return ((p, self.discriminator_rate) for p in self.parameters())
+
     def fits(self, model: nn.Module, data: Any = None, until: float = 1.0) -> None:
         """Say before training whether student and teachers go together; weights may be on `meta`.
 
@@ -294,8 +298,7 @@ class EnsembleDistillation(nn.Module):
         assert self.discriminator is not None
         seen = reversed_gradient(student) if self.role == "adversarial" else student
         with torch.autocast(student.device.type, enabled=False):
-            parameters = {n: _slowed(p, self.discriminator_rate) for n, p in self.discriminator.named_parameters()}
-            found = torch.func.functional_call(self.discriminator, parameters, (torch.stack([seen, taught]),))
+            found: Tensor = self.discriminator(torch.stack([seen, taught]))
         goal = torch.eye(2, device=found.device).reshape(2, *[1] * (found.dim() - 2), 2).expand_as(found)
         return F.binary_cross_entropy_with_logits(found, goal, reduction="none").mean((0, -1))
 
@@ -354,22 +357,6 @@ def refuse_regression(student: Tensor, batch: Batch) -> None:
     numbers = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() < student.dim()
     if student.dim() < 2 or student.shape[-1] < 2 or numbers:
         raise LaminaError(f"ensemble_distillation is for classes, not for regression: the model gives {tuple(student.shape)}, softmax needs at least 2 a row, and labels are class numbers")  # fmt: skip  # noqa: E501
-
-
-def _slowed(parameter: Tensor, rate: float) -> Tensor:
-    """Return the parameter's value, to the bit, of which only a share of the gradient reaches it."""
-    return parameter if rate == 1 else _Scaled.apply(parameter, rate)
-
-
-class _Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
 
 
 def _mean(values: Tensor, kept: Tensor | None) -> Tensor:

@@ -33,8 +33,9 @@ class Objective(Protocol):
     Micro-batches, accumulation and data-parallel shards are weighted by `count`, so that splitting a batch
     gives the same gradient. Optional: `before_rewrite(model)` is called just before a pass rewrites the model
     in training (distillation keeps a frozen copy as teacher); `observing(model)`, a context manager under which
-    a forward pass leaves what `loss` needs, so that several objectives share it; `state_dict` /
-    `load_state_dict` where the objective has state.
+    a forward pass leaves what `loss` needs, so that several objectives share it; `rate_factors()`, pairs of
+    a parameter and its learning rate over the model's; `state_dict` / `load_state_dict` where the objective
+    has state.
     """
 
     @property

@@ -206,14 +206,27 @@ def clip_gradients(parameters: Sequence[Parameter], limit: float) -> None:
 
 
 def complete_optimizer(optimizer: Optimizer, objective: Any) -> Optimizer:
-    """Add the objective's own parameters as a group, and remember each group's rate as `initial_lr`."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = [p for p in own_parameters(objective) if id(p) not in held]
-    if own:
-        optimizer.add_param_group({"params": own})
+    """Add the objective's own parameters, a group for each rate, and remember each group's rate as `initial_lr`."""
+    held, factors = {id(p) for group in optimizer.param_groups for p in group["params"]}, _rate_factors(objective)
+    own: dict[float, list[Parameter]] = defaultdict(list)
+    for parameter in own_parameters(objective):
+        if id(parameter) not in held:
+            own[factors.get(id(parameter), 1.0)].append(parameter)
+    for factor, parameters in own.items():
+        rate = {} if factor == 1 else {"lr": optimizer.defaults["lr"] * factor}
+        optimizer.add_param_group({"params": parameters, **rate})
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
+
+
+def _rate_factors(objective: Any) -> dict[int, float]:
+    """Return what an objective, or a term of a sum, says of the learning rates of its own parameters, by id."""
+    told = getattr(objective, "rate_factors", None)
+    found = {id(p): factor for p, factor in (told() if told is not None else ())}
+    for term in getattr(objective, "terms", ()):
+        found |= _rate_factors(term)
+    return found
 
 
 def set_rates(optimizer: Optimizer, multiplier: float) -> None:
