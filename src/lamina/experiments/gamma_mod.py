@@ -65,6 +65,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import probe
 from lamina.data import mnist
+from lamina.experiments.gamma_mod_text import routed_text
 from lamina.experiments.harness import Measurement, experiment, smoke
 from lamina.models import Transformer
 from lamina.nn import TokenRouting
@@ -124,6 +125,7 @@ def run(seed: int, device: torch.device) -> Measurement:
     arms = {"masked": (order[:COUNT], True), "unmasked": (order[:COUNT], False)}
     if seed == 0:
         arms |= {"highest_rank": (order[-COUNT:], True), "spread": ([1, 2, 4, 6, 7], True)}
+        extra |= routed_text(device)
     dense = copy.deepcopy(model)
     extra["seconds_a_step_dense"] = train(dense, data, 1, seed + 1)
     extra["accuracy_dense"] = accuracy(dense, held)
