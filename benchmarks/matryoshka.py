@@ -166,8 +166,8 @@ def main() -> None:
             goal="<= 1.00",
             rounds=rounds,
         ),
-        inference((2, 64), "<= 0.40", rounds),
-        inference((1, 32), "<= 0.22", rounds),
+        inference((2, 64), "<= 0.40", 3 * rounds),
+        inference((1, 32), "<= 0.22", 3 * rounds),
         memory("six sizes", "one size", "<= 1.20", min(rounds, 3)),
         memory("six sizes", "sentence-transformers", "<= 1.00", min(rounds, 3)),
     ]
