@@ -154,7 +154,7 @@ def inference(size: tuple[int, int], goal: str, rounds: int) -> Row:
 def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    rounds = int(os.environ.get("ROUNDS", "9"))
+    rounds = int(os.environ.get("ROUNDS", "5"))
     plain, six, peer = step("plain"), step("six sizes"), step("sentence-transformers")
     rows = [
         pair("a step at six sizes", six, plain, names=("six sizes", "plain loss"), goal="<= 1.15", rounds=rounds),
@@ -168,8 +168,8 @@ def main() -> None:
         ),
         inference((2, 64), "<= 0.40", 3 * rounds),
         inference((1, 32), "<= 0.22", 3 * rounds),
-        memory("six sizes", "one size", "<= 1.20", min(rounds, 3)),
-        memory("six sizes", "sentence-transformers", "<= 1.00", min(rounds, 3)),
+        memory("six sizes", "one size", "<= 1.20", min(rounds, 2)),
+        memory("six sizes", "sentence-transformers", "<= 1.00", min(rounds, 2)),
     ]
     write("matryoshka", rows, ("transformers", "sentence-transformers"))
 

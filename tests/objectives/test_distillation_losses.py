@@ -151,6 +151,11 @@ def test_contrast_knows_its_draws_by_number_and_leaves_rows_of_an_evaluation_out
         assert first(S, VECTORS_T, index + 10) == 0
         assert torch.equal(first.memory, kept)
     assert torch.equal(first(S, VECTORS_T, index), second(S, VECTORS_T, index))
+    # Every step of a training draws others, which no evaluation changes.
+    drawn = first._draw(index)
+    with torch.no_grad():
+        assert torch.equal(first._draw(index), first._draw(index))
+    assert not torch.equal(first._draw(index), drawn)
     with pytest.raises(LaminaError, match="row has the number 19, the memory has 10 rows"):
         first(S, VECTORS_T, index + 10)
     with pytest.raises(LaminaError, match="needs 'index' in the batch: wrap the data set in `indexed`"):
