@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.contract.collect import label, make, of
-from tests.contract.test_modules import MODULES, feed, loss_of, seeded, tensors
+from tests.contract.test_modules import FIRST, MODULES, feed, loss_of, seeded, tensors
 from tests.contract.test_passes import DISTINCT, out, prepared
 from tests.contract.test_training_parts import optimize, rows, small, train
 from torch import nn
@@ -22,6 +22,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+DRAWN = {"neural_sde", "neural_sde_classifier"}
+"""They draw a path on the device, and the generators differ."""
 GPU = torch.device("cuda")
 """Not `cuda:0`: what a user writes."""
 
@@ -59,6 +61,8 @@ def feed_on(example):
 
 @pytest.mark.parametrize("example", MODULES, ids=label)
 def test_a_module_gives_the_same_outputs_and_gradients(example):
+    if example.name in DRAWN:
+        pytest.skip("draws on the device")
     one = seeded(example).eval()
     other = copy.deepcopy(one).to(GPU)
     expected = feed(example)(one)
@@ -87,6 +91,22 @@ def test_a_module_trains_in_bf16_autocast(example):
     if loss.requires_grad:
         loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("example", [e for e in FIRST if e.kind != "model" and not e.no_compile], ids=label)
+def test_a_module_runs_by_kernels_generated_for_it(example):
+    if example.name in DRAWN:
+        pytest.skip("draws on the device")
+    torch.compiler.reset()
+    module = seeded(example).to(GPU).eval()
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True)
+    expected, given = feed_on(example)(module), feed_on(example)(compiled)
+    for a, b in zip(tensors(given), tensors(expected), strict=True):
+        scale = float(b.detach().abs().max().clamp(min=1e-3))
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=5e-4 * scale)
+    if any(t.requires_grad for t in tensors(expected)):
+        loss_of(given).backward()
+        assert all(torch.isfinite(p.grad).all() for p in compiled.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("where", ["ours", "llama", "vision", "convolutional"])

@@ -32,8 +32,9 @@ from lamina.registry import register
 
 _log = logging.getLogger(__name__)
 
-CHUNK = 2**16
-"""Numbers updated at a time: what is float32 on the way fits a cache, and no tensor is ever float32 as a whole."""
+CHUNK, GPU_CHUNK = 2**16, 2**24
+"""Numbers updated at a time: what is float32 on the way fits a CPU's cache, and no large tensor is float32 as a whole.
+On a GPU a call costs more than a cache saves."""
 
 
 @register("optimizer", "float8_adamw", source="Xi et al., COAT (2025), arXiv 2410.19313")
@@ -162,9 +163,15 @@ class Float8AdamW(Optimizer):
             for parameter in parameters:
                 self._complete(parameter, group)["step"] += 1
             self._update_whole([p for p in parameters if p.numel() < group["min_numel"]], group)
+            # Made once for parameters that are as old: a copy to a GPU waits.
+            made: dict[tuple[float, torch.device], Tensor] = {}
             for parameter in parameters:
                 if parameter.numel() >= group["min_numel"]:
-                    self._update_quantized(parameter, group)
+                    key = (float(self.state[parameter]["step"]), parameter.device)
+                    if key not in made:
+                        values = [float(group["lr"]), *_corrections(self.state[parameter]["step"], group)]
+                        made[key] = torch.tensor(values, device=parameter.device)
+                    self._update_quantized(parameter, group, made[key])
         return loss
 
     def _complete(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +214,7 @@ class Float8AdamW(Optimizer):
             if x is not value:
                 value.copy_(x)
 
-    def _update_quantized(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    def _update_quantized(self, parameter: Tensor, group: Mapping[str, Any], numbers: Tensor) -> None:
         state, value = self.state[parameter], local(parameter)
         if not value.numel():
             return
@@ -215,11 +222,11 @@ class Float8AdamW(Optimizer):
         size = group["group_size"]
         x, gradient = to_groups(value, size), to_groups(local(parameter.grad), size)  # type: ignore[arg-type]
         parts = [m.groups() for m in moments]
-        numbers = torch.tensor([float(group["lr"]), *_corrections(state["step"], group)], device=value.device)
         fixed = (*group["betas"], group["eps"], group["weight_decay"], *_codings(group))
         update = _compiled_update if group["compile"] else update_groups_
-        for begin in range(0, len(x), CHUNK // size):
-            cut = slice(begin, begin + CHUNK // size)
+        rows = (CHUNK if value.device.type == "cpu" else GPU_CHUNK) // size
+        for begin in range(0, len(x), rows):
+            cut = slice(begin, begin + rows)
             first, second = ([p[cut] for p in part] for part in parts)
             update(x[cut], gradient[cut], first, second, numbers, *fixed)
         if x.data_ptr() != value.data_ptr():
