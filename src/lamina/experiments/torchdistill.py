@@ -35,7 +35,7 @@ the teacher has 95.2; bar 1.5). Over three seeds similarity 4.2, hints in two st
 review 2.2, attention transfer 2.0, DIST 1.3 points over labels. Of what ran with the first seed only, self-supervision
 (5.5), simple representation (4.8), contrastive (4.6) and affinity (4.5) stand above plain distillation (4.3 there), and
 correlation congruence (-0.1) and variational information (0.0) gained nothing at their published weights, which is a
-remark on weights and no ranking. Watching two maps of this network costs 10 % of a step of a few milliseconds [0, 20],
+remark on weights and no ranking. Watching two maps of this network costs 5 % of a step of a few milliseconds [-1, 10],
 more than the 3 % hoped for; on layers of a usual size it does not show (benchmark: 0.97).
 
 Limits: losses between rows of a batch see the rows of one process and one micro-batch. Weights do not transfer between
