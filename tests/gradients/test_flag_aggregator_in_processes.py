@@ -64,12 +64,12 @@ def among_workers(folder, name, lost=False):
         worker.start()
     try:
         if lost:
-            end = time.monotonic() + 100
+            end = time.monotonic() + 200
             while not (folder / "reached").exists():
                 assert time.monotonic() < end
                 time.sleep(0.05)
             os.kill(workers[1].pid, signal.SIGKILL)
-        return [queue.get(timeout=100) for _ in range(WORLD - lost)]
+        return [queue.get(timeout=200) for _ in range(WORLD - lost)]
     finally:
         for worker in workers:
             worker.join(20)
