@@ -17,7 +17,6 @@ from lamina.errors import ShapeError
 from lamina.nn._layer_norm_gru import gru_loop
 from lamina.nn._layer_norm_lstm import lstm_loop
 from lamina.nn._layer_norm_rnn import rnn_loop
-from lamina.nn._precision import autocasts
 from lamina.registry import register
 
 SOURCE = "Ba, Kiros, Hinton, Layer Normalization (2016), arXiv 1607.06450"
@@ -120,9 +119,13 @@ class Cell(nn.Module):
         return wide(F.linear(rows, self.weight_ih, inner))
 
     def _recurrent_weight(self) -> Tensor:
-        device = self.weight_hh.device
-        if autocasts(device) and self.weight_hh.dtype == torch.float32:
-            return self.weight_hh.to(torch.get_autocast_dtype(device.type))
+        kind = self.weight_hh.device.type
+        if (
+            torch.amp.is_autocast_available(kind)
+            and torch.is_autocast_enabled(kind)
+            and self.weight_hh.dtype == torch.float32
+        ):
+            return self.weight_hh.to(torch.get_autocast_dtype(kind))
         return self.weight_hh
 
     def extra_repr(self) -> str:
