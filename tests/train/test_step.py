@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.objectives import Classification, Distillation, EnsembleDistillation, WeightedSum
+from lamina.objectives import Classification, Distillation, EnsembleDistillation, Sandwich, WeightedSum
 from lamina.train.step import complete_optimizer, set_rates
 
 
@@ -39,6 +39,13 @@ def test_an_objectives_parameters_move_at_their_own_rate_under_adamw(within):
             each.step()
     torch.testing.assert_close(list(follow.parameters()), list(beside.parameters()))
     torch.testing.assert_close(list(student.parameters()), list(twin.parameters()))
+
+
+def test_an_objective_inside_another_one_keeps_its_rate():
+    student, follow = parts()
+    objective = Sandwich(follow)
+    optimizer = complete_optimizer(torch.optim.SGD(student.parameters(), lr=0.2), objective)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.2, 0.002])
 
 
 def test_rates_that_nobody_asks_for_are_the_models_and_what_is_held_is_not_added_again():

@@ -221,12 +221,10 @@ def complete_optimizer(optimizer: Optimizer, objective: Any) -> Optimizer:
 
 
 def _rate_factors(objective: Any) -> dict[int, float]:
-    """Return what an objective, or a term of a sum, says of the learning rates of its own parameters, by id."""
-    told = getattr(objective, "rate_factors", None)
-    found = {id(p): factor for p, factor in (told() if told is not None else ())}
-    for term in getattr(objective, "terms", ()):
-        found |= _rate_factors(term)
-    return found
+    """Return what an objective, and any inside it, says of the learning rates of its own parameters, by id."""
+    within = objective.modules() if isinstance(objective, nn.Module) else (objective,)
+    told = (one.rate_factors() for one in within if hasattr(one, "rate_factors"))
+    return {id(p): factor for pairs in told for p, factor in pairs}
 
 
 def set_rates(optimizer: Optimizer, multiplier: float) -> None:
