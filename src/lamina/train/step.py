@@ -222,7 +222,7 @@ def complete_optimizer(optimizer: Optimizer, objective: Any) -> Optimizer:
 
 def _rate_factors(objective: Any) -> dict[int, float]:
     """Return what an objective, and any inside it, says of the learning rates of its own parameters, by id."""
-    within = objective.modules() if isinstance(objective, nn.Module) else (objective,)
+    within: Iterable[Any] = objective.modules() if isinstance(objective, nn.Module) else (objective,)
     told = (one.rate_factors() for one in within if hasattr(one, "rate_factors"))
     return {id(p): factor for pairs in told for p, factor in pairs}
 
